@@ -1,0 +1,1 @@
+"""Leanscope's pages, run service and command line. Knows Panel and the browser; knows no technique."""

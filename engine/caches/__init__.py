@@ -1,0 +1,71 @@
+"""What is remembered: one file a cache. Here is what all of them promise to a mixer.
+
+`extend` takes the keys and values of the T tokens that came, and gives back what the queries of these tokens may
+see. Keys come before rotation, because some caches count positions in the text and some in the cache. After all
+layers of a pass the model calls `advance`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from engine.mixers.rope import Positions, Rope
+
+
+@dataclass(slots=True)
+class View:
+    """What the T queries of a pass may see.
+
+    Its rows are the batch, or every query has its own: then they are B*T, query by query, and each row serves
+    one query. That is how caches say that the same key lies in different slots for different queries.
+    """
+
+    k: Tensor  # rows H_kv S D, rotated
+    v: Tensor  # rows H_kv S D
+    q_positions: Positions  # T or B T; a query's own key lies at this place of S
+    mask: Tensor | None = None  # bool, broadcast to [rows, 1, queries a row, S], true where a query may look
+    causal: bool = False  # S = T and query t sees keys 0..t; needs no mask
+
+
+def fresh(k: Tensor, v: Tensor, rope: Rope) -> View:
+    """The view of a first pass that nothing came before: plain causal attention."""
+    positions = range(k.shape[2])
+    return View(rope.rotate(k, positions), v, positions, causal=True)
+
+
+class Cache:
+    """The contract. One cache serves one sequence (or a batch of equal length) and all layers of one model."""
+
+    at_once: int | None = None  # tokens that one pass may bring; None: any number
+    watches: bool = False  # whether `observe` wants to be called: it costs an explicit attention pattern
+
+    def __init__(self) -> None:
+        self.seen = 0  # tokens seen so far
+        self.name = ""  # told in events, where several caches read side by side
+        self.states: dict[int, Any] = {}  # layer -> whatever a recurrent mixer carries
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, rope: Rope) -> View:
+        """Take k and v [B, H_kv, T, D] of the tokens seen, seen + 1, ...; k is not rotated yet."""
+        raise NotImplementedError
+
+    def observe(self, layer: int, pattern: Tensor) -> None:
+        """Look at the attention [B, H, T, S] that was paid to the last view. Called if `watches`."""
+
+    def observe_residual(self, layer: int, x: Tensor) -> None:
+        """Look at the residual stream [B, T, W] that enters a block. Called if `watches`."""
+
+    def advance(self, count: int) -> None:
+        """All layers have taken `count` more tokens."""
+        self.seen += count
+
+    def kept(self, layer: int) -> Tensor:
+        """The text positions now held, slot by slot: [S], or [B, S] with -1 where a row has no such slot."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors really held."""
+        raise NotImplementedError

@@ -1,0 +1,257 @@
+"""Every FLOP, byte and energy formula: plain functions, so that a page can fill them in with its run's numbers.
+
+Units: a FLOP is one multiplication or one addition, so a multiply-add is 2 FLOPs; bytes are bytes; energies
+are joules. `value_bytes` is the bytes of one stored value, and may be a fraction (0.5 for four bits).
+Attention counts the whole query-by-key rectangle, as `torch.utils.flop_counter` does and as code that masks
+instead of skipping executes. Norms, softmax, RoPE and other pointwise work are left out: below 1% of a layer.
+
+The formulas of a shape take a `Shape` of engine/model.py; published shapes are in engine/published.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.model import Shape
+
+# Horowitz, "Computing's Energy Problem", ISSCC 2014, figure 1.1.9: 45 nm at 0.9 V, picojoules an operation.
+# A DRAM read is of 64 bits, and a range.
+PICOJOULES = {
+    ("add", "int8"): 0.03,
+    ("add", "int32"): 0.1,
+    ("add", "float16"): 0.4,
+    ("add", "float32"): 0.9,
+    ("multiply", "int8"): 0.2,
+    ("multiply", "int32"): 3.1,
+    ("multiply", "float16"): 1.1,
+    ("multiply", "float32"): 3.7,
+    ("read", "8 KB cache"): 10.0,
+    ("read", "32 KB cache"): 20.0,
+    ("read", "1 MB cache"): 100.0,
+}
+DRAM_READ_PICOJOULES = (1300.0, 2600.0)
+DRAM_READ_BYTES = 8
+
+
+# --- one attention layer, counted in multiplications -------------------------------------------------------
+
+
+def attention_multiplications(N: int, D: int, H: int) -> int:
+    """Multiplications of the matmuls of one attention layer: 3NDH + N²H + N²H + NHD (`post`).
+
+    N tokens of D values, H the width of all heads together: q, k and v; scores; weighted values; output.
+    """
+    return 3 * N * D * H + N * N * H + N * N * H + N * H * D
+
+
+def step_multiplications(N: int, D: int, H: int) -> int:
+    """The same layer for one new token, N the tokens attended to, itself among them: 3DH + NH + NH + HD."""
+    return 3 * D * H + N * H + N * H + H * D
+
+
+def generation_multiplications(N: int, M: int, D: int, H: int, *, cached: bool) -> int:
+    """Multiplications of one attention layer over a whole generation of M tokens after a prompt of N.
+
+    The prompt gives the first new token. Each later one costs its own row when keys and values are `cached`,
+    and the whole text again when they are not: O(N²) against O(N³) (`post`).
+    """
+    if N < 1 or M < 1:
+        raise ValueError(f"a generation needs a prompt and a new token, not N={N} and M={M}")
+    one = step_multiplications if cached else attention_multiplications
+    return attention_multiplications(N, D, H) + sum(one(n, D, H) for n in range(N + 1, N + M))
+
+
+def growth_exponent(sizes: Sequence[float], counts: Sequence[float]) -> float:
+    """The p of counts ≈ c · sizesᵖ: the slope of the least-squares line through the logarithms."""
+    if len(sizes) != len(counts) or len(set(sizes)) < 2:
+        raise ValueError(f"a slope needs two different sizes and as many counts, not {len(sizes)} and {len(counts)}")
+    x = [math.log(size) for size in sizes]
+    y = [math.log(count) for count in counts]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    over = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return over / sum((a - mean_x) ** 2 for a in x)
+
+
+# --- the key-value cache ------------------------------------------------------------------------------------
+
+
+def kv_values(shape: Shape, *, tokens: int = 1, batch: int = 1) -> int:
+    """Values in a key-value cache: batch · tokens · kv heads · layers · head width · 2 (`lecture`)."""
+    return batch * tokens * shape.kv_heads * shape.layers * shape.head_width * 2
+
+
+def kv_bytes(shape: Shape, *, tokens: int = 1, batch: int = 1, value_bytes: float = 2) -> float:
+    """Bytes of a key-value cache; by default of one token at 16 bits."""
+    return kv_values(shape, tokens=tokens, batch=batch) * value_bytes
+
+
+def tokens_that_fit(memory: float, bytes_per_token: float) -> int:
+    """How many tokens' keys and values `memory` bytes hold."""
+    return int(memory // bytes_per_token)
+
+
+# --- parameters and the work of a forward pass --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation of a forward pass over all its layers: FLOPs done and bytes read or written."""
+
+    name: str
+    flops: int
+    bytes: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte, the horizontal axis of a roofline."""
+        return self.flops / self.bytes
+
+
+def parameters(shape: Shape) -> dict[str, int]:
+    """Parameters by where they sit. Tied embeddings count once; `head` is 0 then."""
+    qkv = shape.width * shape.head_width * (shape.heads + 2 * shape.kv_heads)
+    out = shape.heads * shape.head_width * shape.width
+    return {
+        "embedding": shape.vocab * shape.width,
+        "attention": shape.layers * (qkv + out),
+        "ffn": shape.layers * ffn_matrices(shape) * shape.width * shape.ffn_width,
+        "norms": (2 * shape.layers + 1) * shape.width,
+        "head": 0 if shape.tied else shape.vocab * shape.width,
+    }
+
+
+def parameter_count(shape: Shape) -> int:
+    return sum(parameters(shape).values())
+
+
+def ffn_matrices(shape: Shape) -> int:
+    """A gated feed-forward (SwiGLU) has three matrices, a plain one (GELU) two."""
+    return 3 if shape.activation == "swiglu" else 2
+
+
+def forward_work(
+    shape: Shape,
+    *,
+    queries: int,
+    keys: int,
+    batch: int = 1,
+    logits: int | None = None,
+    weight_bytes: float = 4,
+    cache_bytes: float = 4,
+) -> list[Work]:
+    """The operations of one forward pass of `queries` new tokens a sequence that see `keys`, themselves included.
+
+    `logits` tells for how many tokens the head runs (all by default). Bytes are each weight once, the cached
+    keys and values read, the new ones written, and the embedding rows of the new tokens: activations are
+    left out, for they stay in the caches.
+    """
+    if not 0 < queries <= keys:
+        raise ValueError(f"queries must be between 1 and the {keys} keys, not {queries}")
+    tokens = batch * queries
+    heads_width = shape.heads * shape.head_width
+    qkv = shape.layers * shape.width * (heads_width + 2 * shape.kv_heads * shape.head_width)
+    out = shape.layers * heads_width * shape.width
+    ffn = parameters(shape)["ffn"]
+    head = shape.vocab * shape.width
+    norms = parameters(shape)["norms"]
+    met = batch * queries * keys * heads_width * shape.layers  # multiplications of q·k, and of weights · v
+    cached = kv_bytes(shape, tokens=keys, batch=batch, value_bytes=cache_bytes)  # the older read, the new written
+    return [
+        Work("embedding", 0, tokens * shape.width * weight_bytes),
+        Work("qkv", 2 * tokens * qkv, qkv * weight_bytes),
+        Work("attention", 2 * met + 2 * met, cached),
+        Work("out", 2 * tokens * out, out * weight_bytes),
+        Work("ffn", 2 * tokens * ffn, ffn * weight_bytes),
+        Work("norms", 0, norms * weight_bytes),
+        Work("head", 2 * batch * (queries if logits is None else logits) * head, head * weight_bytes),
+    ]
+
+
+def prefill_flops(shape: Shape, *, tokens: int, batch: int = 1, logits: int | None = None) -> int:
+    """FLOPs of reading a prompt of `tokens` at once."""
+    return sum(w.flops for w in forward_work(shape, queries=tokens, keys=tokens, batch=batch, logits=logits))
+
+
+def decode_flops(shape: Shape, *, context: int, batch: int = 1) -> int:
+    """FLOPs of one decode step whose token sees `context` tokens, itself included."""
+    return sum(w.flops for w in forward_work(shape, queries=1, keys=context, batch=batch))
+
+
+def decode_bytes(
+    shape: Shape, *, context: int, batch: int = 1, weight_bytes: float = 4, cache_bytes: float = 4
+) -> float:
+    """Bytes that one decode step moves: every weight once, and the cache of every sequence."""
+    work = forward_work(shape, queries=1, keys=context, batch=batch, weight_bytes=weight_bytes, cache_bytes=cache_bytes)
+    return sum(w.bytes for w in work)
+
+
+# --- the roofline -------------------------------------------------------------------------------------------
+
+
+def ridge_point(flops_per_second: float, bytes_per_second: float) -> float:
+    """The intensity, FLOPs a byte, from which on computing and no longer memory is the limit (Williams 2009)."""
+    return flops_per_second / bytes_per_second
+
+
+def attainable_flops(intensity: float, *, flops_per_second: float, bytes_per_second: float) -> float:
+    """The roof over work of that intensity: min(peak, intensity · bandwidth), FLOPs a second (Williams 2009)."""
+    return min(flops_per_second, intensity * bytes_per_second)
+
+
+def decode_bound(bytes_per_second: float, *, step_bytes: float, batch: int = 1) -> float:
+    """Tokens a second that no decode can exceed: each step must read its weights and cache once."""
+    return batch * bytes_per_second / step_bytes
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules of a run by Horowitz's table; DRAM as its low and its high figure."""
+
+    arithmetic: float
+    memory_low: float
+    memory_high: float
+
+
+def energy(flops: float, nbytes: float, *, kind: str = "float32") -> Energy:
+    """Joules of `flops` (half multiplications, half additions of `kind`) and of `nbytes` read from DRAM.
+
+    45 nm figures: today's chips need less for both, and their ratio, which is the point, is no smaller.
+    """
+    low, high = DRAM_READ_PICOJOULES
+    reads = nbytes / DRAM_READ_BYTES
+    pair = PICOJOULES["multiply", kind] + PICOJOULES["add", kind]
+    return Energy(flops / 2 * pair * 1e-12, reads * low * 1e-12, reads * high * 1e-12)
+
+
+# --- reading a long text (StreamingLLM, arXiv:2309.17453, figure 1) -----------------------------------------
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What reading T tokens one by one costs: `scores`, the q·k products of one head of one layer, and
+    `tokens`, how many tokens pass through the layers."""
+
+    scores: int
+    tokens: int
+
+
+def streaming(policy: str, T: int, *, L: int = 0) -> Streaming:
+    """Exact counts for a text of T tokens and a cache of L entries (sinks among them, the new token too).
+
+    "dense" O(T²): every token sees all before it. "window" and "sinks" O(TL): it sees the L kept.
+    "recompute" O(TL²): the last L tokens are read anew for every token.
+    """
+    if T < 0 or (policy != "dense" and L < 1):
+        raise ValueError(f"a text of T={T} tokens and a cache of L={L} entries cannot be: T from 0, L from 1")
+    triangle = T * (T + 1) // 2
+    full = min(T, L)  # the tokens read before the cache is full
+    if policy == "dense":
+        return Streaming(triangle, T)
+    if policy in ("window", "sinks"):
+        return Streaming(full * (full + 1) // 2 + (T - full) * L, T)
+    if policy == "recompute":
+        growing = full * (full + 1) * (full + 2) // 6  # the sum of the first `full` triangles
+        return Streaming(growing + (T - full) * (L * (L + 1) // 2), full * (full + 1) // 2 + (T - full) * L)
+    raise ValueError(f"policy must be dense, window, recompute or sinks, not {policy!r}")

@@ -1,0 +1,166 @@
+"""What this machine is and what it can do: the device, its memory levels, its measured bandwidth and FLOP/s.
+
+Every bound that a lesson draws (roofline, tokens a second) rests on the two measured numbers here. They are
+the best of several tries, taken once a process: the ceiling of the machine, not what it gives under load.
+The device is chosen in this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from threading import RLock
+
+import torch
+
+CPU_CACHES = Path("/sys/devices/system/cpu")
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+MEASURING = RLock()  # two measurements at a time would halve each other
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs the models. `memory` and `gpu_memory` are in bytes; `gpu` is None without one."""
+
+    cpu: str
+    cores: int
+    memory: int
+    gpu: str | None
+    gpu_memory: int
+    torch: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of memory, nearest first: `size` bytes in each of `count` places (a core's own cache, say)."""
+
+    name: str
+    size: int
+    count: int = 1
+
+    @property
+    def capacity(self) -> int:
+        return self.size * self.count
+
+
+def device() -> torch.device:
+    """Where models run: CUDA when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def threads() -> int:
+    """How many CPU threads a run may use: the cores given to this process, and no more than its quota allows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CGROUP_QUOTA.read_text().split()
+        # A container may see 64 cores and own two: threads past the quota only stall each other.
+        return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+@cache
+def describe() -> Machine:
+    """The machine in words and numbers."""
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return Machine(
+        cpu=_cpu_name(),
+        cores=threads(),
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpu=gpu.name if gpu else None,
+        gpu_memory=gpu.total_memory if gpu else 0,
+        torch=torch.__version__,
+    )
+
+
+def memory_levels() -> tuple[Level, ...]:
+    """The CPU's data caches and its memory, nearest first; memory alone where the system does not tell."""
+    places: dict[str, dict[str, int]] = {}  # level name → the cores that share one place → its bytes
+    for folder in CPU_CACHES.glob("cpu[0-9]*/cache/index*"):
+        try:
+            kind, number, size, cores = (
+                (folder / name).read_text().strip() for name in ("type", "level", "size", "shared_cpu_list")
+            )
+            if kind != "Instruction":
+                places.setdefault(f"L{number}", {})[cores] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    caches = [Level(name, max(found.values()), len(found)) for name, found in sorted(places.items())]
+    return (*caches, Level("memory", describe().memory))
+
+
+def holder(nbytes: int) -> Level:
+    """The nearest level whose whole capacity holds `nbytes`: where the weights of a small model come to sit."""
+    levels = memory_levels()
+    return next((level for level in levels if level.capacity >= nbytes), levels[-1])
+
+
+def bandwidth(where: torch.device | None = None, *, size: int | None = None) -> float:
+    """Bytes a second that a streaming read reaches: the best of several sums over one big tensor.
+
+    `size` is how many bytes are read over and over: by default eight times the caches, so that they come
+    from memory; smaller than a cache, it measures that cache.
+    """
+    where = where or device()
+    if size is None:
+        caches = sum(level.capacity for level in memory_levels()[:-1])
+        size = 2**30 if where.type == "cuda" else max(2**28, min(8 * caches, 2**30))
+    return _bandwidth(where, size)
+
+
+def flops(dtype: torch.dtype, where: torch.device | None = None) -> float:
+    """Floating-point operations a second of a big square matmul in `dtype`, multiply and add counted as two.
+
+    The side grows until one product takes 10 ms, so that a dtype without fast kernels is not waited for.
+    """
+    return _flops(dtype, where or device())
+
+
+@cache
+def _bandwidth(where: torch.device, size: int) -> float:
+    with MEASURING:
+        data = torch.ones(size // 4, device=where)
+        return data.nbytes / _best(lambda: data.sum(), where, seconds=0.3)
+
+
+@cache
+def _flops(dtype: torch.dtype, where: torch.device) -> float:
+    with MEASURING:
+        side = 256
+        while True:
+            a = torch.ones(side, side, dtype=dtype, device=where)
+            took = _best(lambda a=a: a @ a, where, seconds=0.0)  # type: ignore[misc]
+            if took > 0.01 or side >= (16384 if where.type == "cuda" else 4096):
+                break
+            side *= 2
+        return 2 * side**3 / min(took, _best(lambda: a @ a, where, seconds=0.15))
+
+
+def _best(work: Callable[[], object], where: torch.device, *, seconds: float) -> float:
+    """The shortest time of `work` in at least three tries after a warm-up, trying for about `seconds`."""
+    work()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        start = time.perf_counter()
+        work()
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

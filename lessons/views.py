@@ -1,0 +1,203 @@
+"""The views a scene is made of: declarations only. `app/stage/<kind>.js` draws each of them.
+
+A view names tensors of the recording with `of(...)` and knobs with `knob(...)`:
+
+    Heatmaps(of("attention.pattern", layer=knob("layer")), rows="query", columns="key", facet="head")
+
+Every view takes `name` (beats point at it), `title`, `note`, `span` (columns of twelve on a wide screen) and
+`origin` ("toy", "real", "converted", "simulated", "reported"; by default what the recording's model says).
+A tensor whose site grows is drawn row by row up to the player's step; of any other the newest frame is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class knob:
+    """The value of a knob, read where the picture is drawn, so that turning a look knob redraws at once."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Of:
+    """A tensor of the recording: a site's name, the tap's index, and positions picked along axes."""
+
+    name: str
+    where: tuple[tuple[str, Any], ...]
+
+
+def of(name: str, **where: Any) -> Of:
+    """Name a recorded tensor. `where` gives tap indices (layer=3) or positions along axes (batch=0); either
+    may be a `knob(...)`."""
+    return Of(name, tuple(sorted(where.items())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What all views share."""
+
+    kind: ClassVar[str]
+    name: str = ""
+    title: str = ""
+    note: str = ""
+    span: int = 12
+    origin: str = ""
+
+    def tensors(self) -> Iterator[Of]:
+        """Every tensor that the view shows."""
+        yield from _find(self, Of)
+
+    def knobs(self) -> set[str]:
+        """Every knob that the view reads."""
+        names = {k.name for k in _find(self, knob)}
+        return names | {k.name for t in self.tensors() for _, k in t.where if isinstance(k, knob)}
+
+
+Cell = Callable[[Any, Any, Mapping[str, int]], "Arithmetic"]
+
+
+@dataclass(frozen=True)
+class Heatmaps(View):
+    """A matrix, or one a `facet`, in colour: attention, keys, scores. Hover reads a value; a click opens `cell`."""
+
+    kind: ClassVar[str] = "heatmaps"
+    tensor: Of
+    rows: str  # axis drawn downwards
+    columns: str  # axis drawn to the right
+    facet: str = ""  # axis drawn as small multiples
+    focus: knob | int | None = None  # the facet drawn large
+    colours: str = "sequential"  # sequential, diverging, or a role of the palette: attention, query, key, value, sink
+    row_labels: str = ""  # "tokens" takes them from the text
+    column_labels: str = ""
+    lit: Of | None = None  # int: the first row computed at each step; rows above it are dimmed as reused
+    cell: Cell | None = None  # opens a cell's arithmetic
+    gaps: bool = False  # draw cells apart (few, large cells) instead of edge to edge
+    power: float = 1.0  # exponent of the colour scale: 0.5 shows small values
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One row of Slots: a cache, its slots, and a number beside it."""
+
+    label: str
+    codes: Of  # uint8 [slot]: what each slot holds, as a number into the view's `states`
+    detail: str = ""  # may use {kept}, {evicted} and {slots}, counted from the codes at the player's step
+    number: Of | None = None  # the value at the player's step
+    number_label: str = ""
+    number_format: str = ".1f"
+    colour: str = "ink"
+    aside: str = ""
+
+
+@dataclass(frozen=True)
+class Slots(View):
+    """Cache strips, one a strategy, in lockstep: which slots are held, which are gone."""
+
+    kind: ClassVar[str] = "slots"
+    strips: tuple[Strip, ...]
+    states: tuple[str, ...] = ("empty", "kept", "sink", "recent", "recomputed", "heavy", "evicted")
+    labels: str = "tokens"
+
+
+@dataclass(frozen=True)
+class Tokens(View):
+    """The text as it is read: chips coloured by what became of each token (`codes`) or by a value."""
+
+    kind: ClassVar[str] = "tokens"
+    codes: Of | None = None  # uint8 [token], into `states`
+    states: tuple[str, ...] = Slots.states
+    value: Of | None = None  # a scalar a token, growing
+    colours: str = "sequential"
+    value_label: str = ""
+    fold: bool = True  # leave out evicted stretches behind an ellipsis
+
+
+@dataclass(frozen=True)
+class Number:
+    """One figure: the value at the player's step."""
+
+    label: str
+    tensor: Of
+    unit: str = ""
+    format: str = ",.0f"
+    colour: str = "ink"
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Numbers(View):
+    """Figures side by side."""
+
+    kind: ClassVar[str] = "numbers"
+    numbers: tuple[Number, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of Curves: a scalar a step, or a whole curve a step."""
+
+    label: str
+    tensor: Of
+    colour: str = "ink"
+    dashed: bool = False
+    x: Of | None = None  # where each point stands; its step or position by default
+
+
+@dataclass(frozen=True)
+class Curves(View):
+    """Lines with the player's cursor: what is past is drawn firmly, what is to come faintly."""
+
+    kind: ClassVar[str] = "curves"
+    lines: tuple[Line, ...]
+    x_label: str = ""
+    y_label: str = ""
+    log: bool = False
+    log_x: bool = False
+    across: str = ""  # an axis: draw the newest frame along it, instead of a scalar over the steps
+    low: float | None = None
+    high: float | None = None
+    start: int = 0  # the first step drawn
+    format: str = ".1f"
+
+
+@dataclass(frozen=True)
+class Bars(View):
+    """A labelled distribution at the player's step: the next token, experts' load."""
+
+    kind: ClassVar[str] = "bars"
+    values: Of
+    labels: Of | tuple[str, ...] = ()  # token ids (read as text) or fixed words
+    colour: str = "recent"
+    format: str = ".0%"
+    high: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A cell's sum, one click deep: each line is an expression in symbols and its value in this run.
+
+    `vectors` are named rows of numbers (q, k, their product) that the panel draws as small bars.
+    """
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    note: str = ""
+    vectors: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+def _find(value: Any, kind: type) -> Iterator[Any]:
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _find(item, kind)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from _find(getattr(value, f.name), kind)
