@@ -129,7 +129,7 @@ def _pack(face: Face, into: Path) -> None:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(name=face.package)
     except ModuleNotFoundError as error:
-        raise FontsError(f"The fonts need the package {error.name}: pip install 'leanscope[fonts]'.") from error
+        raise FontsError(f"The fonts need the package {error.name}, which `make serve` installs.") from error
     source = Path(spec.origin).parent
     # The time stays that of the source, so that the same packages give the same bytes.
     font = TTFont(source / "files" / face.file, recalcTimestamp=False)

@@ -8,7 +8,8 @@ at once when the run is cached. The same messages, saved, are a static page.
               steps, model
     rows      run, track, start (number of the first row), at (int32 [rows]: the step at which each appeared),
               shape (of one row), data, lo, hi, widths
-    pieces    run, start, at, pieces: the text's tokens as they read
+    pieces    run, start, at, pieces: the text's tokens as they read (events "text.token")
+    words     run, words {token id: how it reads}: for views that show ids (events "text.words")
 
 `data` is uint8, int32 or float32, rows after another in C order. Floats larger than EXACT values a row come as
 uint8 codes c of the value lo + (hi - lo) * (c / 255) ** power, `lo` and `hi` float32 [rows]; `lo` is empty for
@@ -130,12 +131,13 @@ class Feed:
         self._run = ""
         self._sent: dict[str, int] = {}
         self._pieces = 0
+        self._words = 0
         self._shown: tuple[Any, ...] = ()
 
     def show(self, run: str, recording: Recording, scene: Scene, knobs: Knobs, *, steps: int | None = None) -> None:
         """Send the picture when it changed, and all rows not sent yet."""
         if run != self._run:
-            self._run, self._sent, self._pieces, self._shown = run, {}, 0, ()
+            self._run, self._sent, self._pieces, self._words, self._shown = run, {}, 0, 0, ()
         tensors = {track_id(t, knobs): t for view in scene.views for t in view.tensors()}
         found = {name: place for name, t in tensors.items() if (place := find(recording, t, knobs)) is not None}
         shown = (scene.name, tuple(found), tuple(tensors))
@@ -162,6 +164,11 @@ class Feed:
             message = {"at": np.array([e.step for e in new], np.int32), "pieces": [e.fields["piece"] for e in new]}
             self._send({"type": "pieces", "run": run, "start": self._pieces, **message})
             self._pieces = len(pieces)
+        words = recording.happened("text.words")
+        if len(words) > self._words:
+            new_words = {token: word for e in words[self._words :] for token, word in e.fields["words"].items()}
+            self._send({"type": "words", "run": run, "words": new_words})
+            self._words = len(words)
 
 
 def packed(track: Track, picks: Mapping[str, int], *, start: int = 0) -> Iterator[dict[str, Any]]:

@@ -150,8 +150,13 @@ def _toy_file(name: str, entry: dict[str, Any]) -> Path:
 def _load_toy(
     name: str, entry: dict[str, Any], *, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[Decoder, TextTokens]:
-    from engine import toyland, train  # they may load a teacher through this module
+    verify(name)  # a toy is small: hashing it takes milliseconds
+    model, tokenizer = _toy_parts(entry["recipe"])
+    return settle(model, read_tensors(_toy_file(name, entry)), dtype=dtype, device=device), tokenizer
 
-    verify(name)  # a toy is small: hashing it takes a millisecond
-    model = settle(train.build(entry["recipe"]), read_tensors(_toy_file(name, entry)), dtype=dtype, device=device)
-    return model, toyland.Tokenizer()
+
+def _toy_parts(recipe: str) -> tuple[Decoder, TextTokens]:
+    """The untrained model of a recipe and Toyland's tokenizer."""
+    from engine import toyland, train  # training may load a teacher through this module
+
+    return train.build(recipe), toyland.Tokenizer()

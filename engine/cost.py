@@ -3,7 +3,7 @@
 Units: a FLOP is one multiplication or one addition, so a multiply-add is 2 FLOPs; bytes are bytes; energies
 are joules. `value_bytes` is the bytes of one stored value, and may be a fraction (0.5 for four bits).
 Attention counts the whole query-by-key rectangle, as `torch.utils.flop_counter` does and as code that masks
-instead of skipping executes. Norms, softmax, RoPE and other pointwise work are left out: below 1% of a layer.
+instead of skipping executes. Norms, softmax, RoPE and other pointwise work are left out of FLOPs.
 
 The formulas of a shape take a `Shape` of engine/model.py; published shapes are in engine/published.py.
 """
@@ -217,7 +217,7 @@ class Energy:
 def energy(flops: float, nbytes: float, *, kind: str = "float32") -> Energy:
     """Joules of `flops` (half multiplications, half additions of `kind`) and of `nbytes` read from DRAM.
 
-    45 nm figures: today's chips need less for both, and their ratio, which is the point, is no smaller.
+    The figures are of a 45 nm chip of 2014: to be read as a proportion, not as what this machine draws.
     """
     low, high = DRAM_READ_PICOJOULES
     reads = nbytes / DRAM_READ_BYTES

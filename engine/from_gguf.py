@@ -6,6 +6,8 @@ Its converter reorders the query and key rows for RoPE on neighbouring pairs; `s
 
 from __future__ import annotations
 
+import errno
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -46,7 +49,11 @@ def convert(gguf: Path, into: Path, *, tell: Progress) -> dict[str, Any]:
         max_positions=facts["llama.context_length"],
     )
     weights = into / "model.safetensors"
-    save_file(_engine_weights(reader, shape, tell), weights)
+    try:
+        save_file(_engine_weights(reader, shape, tell), weights)
+    except SafetensorError as error:  # the library keeps the system's error number in its words alone
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
     weights.chmod(0o644)  # safetensors makes it private, and a cache may be shared
     _byte_level_bpe(facts).save(str(into / "tokenizer.json"))
     return {

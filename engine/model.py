@@ -10,7 +10,7 @@ Paper -> here: dim = width, n heads = heads, n layers = layers, W_gate and W_up 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.caches import Cache
+from engine.generate import generate as generate
 from engine.mixers.rope import Rope, rope_tables
 from engine.mixers.softmax import SoftmaxAttention
 from engine.norm import RMSNorm
@@ -122,7 +123,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(shape.vocab, shape.width)
         self.blocks = nn.ModuleList(Block(shape, mixer=mixer(i), ffn=ffn(i)) for i in range(shape.layers))
         self.norm = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.head = None if shape.tied else nn.Linear(shape.width, shape.vocab, bias=False)
+        self.head: nn.Module | None = None if shape.tied else nn.Linear(shape.width, shape.vocab, bias=False)
         self._ropes: dict[tuple[torch.dtype, torch.device], Rope] = {}
         self._fill(seed)
 

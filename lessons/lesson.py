@@ -144,6 +144,7 @@ class Lesson:
     step_word: str = "step"
     budget: int = 20_000_000
     seconds: float = 120.0  # a run that takes longer is stopped, and shows what it has
+    trains: bool = False  # its run needs gradients; other runs are executed in torch's inference mode
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:

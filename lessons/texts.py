@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+
 LIGHTHOUSE = """\
 The lighthouse at the end of the bay had been dark for eleven years when Marta found the key. It was lying in a \
 drawer of her grandmother's kitchen table, wrapped in a piece of blue cloth, and it was heavier than it looked. She \
@@ -53,4 +56,19 @@ Object form, that is based on (or derived from) the Work and for which the edito
 elaborations, or other modifications represent, as a whole, an original work of authorship."""
 
 TEXTS = {"lighthouse": LIGHTHOUSE, "bread": BREAD, "licence": LICENCE}
-NAMES = {"A story: the lighthouse": "lighthouse", "How bread rises": "bread", "The Apache License": "licence"}
+OWN = "own"
+NAMES = {
+    "A story: the lighthouse": "lighthouse",
+    "How bread rises": "bread",
+    "The Apache License": "licence",
+    "Your own": OWN,
+}
+
+
+def text_ids(tokenizer: Any, name: str, own: str, *, toy: bool, tokens: int) -> list[int]:
+    """At most `tokens` ids of the chosen text. A toy knows only Toyland's words: it reads a story of its world."""
+    if toy and name != OWN:
+        from engine.toyland import story
+
+        return tokenizer.encode(story(seed=list(TEXTS).index(name), tokens=tokens))[:tokens]
+    return tokenizer.prompt(own if name == OWN else TEXTS[name])[:tokens]

@@ -1,7 +1,45 @@
 """What all tests share."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from app.browser import find_browser
+from tests.support import Watched
 
 # Two busy cores: time is no measure of a strategy here.
 settings.register_profile("leanscope", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("leanscope")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker drives the browser, one page at a time: two at once on two cores would only wait for each other."""
+    for item in items:
+        if item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.xdist_group("browser"))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A browser for all tests of this process."""
+    from playwright.sync_api import sync_playwright
+
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def chromium_page(chromium: Any) -> Iterator[Watched]:
+    """A fresh page; the test fails on any console error, script error, dialog or request to another host."""
+    context = chromium.new_context(viewport={"width": 1440, "height": 900})
+    watched = Watched(context.new_page())
+    yield watched
+    context.close()
+    assert not watched.wrongs, watched.wrongs

@@ -45,7 +45,7 @@ export function palette(root) {
     ink: (name) => read(`${name}-ink`) || roles[name] || roles.ink,
     scale,
     /** The same scale, stepped back towards the panel: what is reused rather than computed now. */
-    dimmed: (name) => table(name, `dim ${name}`, () => mixed(scale(name), hexToRgb(roles.panel), 0.62)),
+    dimmed: (name) => table(name, `dim ${name}`, () => mixed(scale(name), hexToRgb(roles.panel), 0.42)),
   };
 }
 

@@ -63,7 +63,7 @@ export class Player {
   }
 
   /** Wait for `step`, which may not be computed yet, without following past it. */
-  await(step) {
+  waitFor(step) {
     this.pause();
     this.want = step;
     this.place(Math.min(step, this.last));
@@ -108,7 +108,7 @@ export class Player {
   glideTo(step, milliseconds = 1400) {
     this.pause();
     const to = Math.min(step, this.last);
-    if (calm() || to === this.step) return this.await(step);
+    if (calm() || to === this.step) return this.waitFor(step);
     this.want = step;
     this.glide = { from: this.step, to, start: performance.now(), milliseconds };
     return this.redraw();

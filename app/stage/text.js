@@ -50,7 +50,8 @@ export function bytes(count) {
 /** A token as it may be shown alone: blanks and line breaks made visible. */
 export function visible(piece) {
   if (piece === undefined || piece === null) return "";
-  return piece.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +$/, (blank) => "␣".repeat(blank.length));
+  if (/^ +$/.test(piece)) return "␣".repeat(piece.length);
+  return piece.replace(/\n/g, "⏎").replace(/\t/g, "⇥").trim();
 }
 
 const MARKUP = /\*\*(.+?)\*\*|\*(.+?)\*|\[\[(.+?)\]\]|==(.+?)\|([\w-]+)==|\{(\w+)(?::([^}]*))?\}/gs;

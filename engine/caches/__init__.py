@@ -39,7 +39,8 @@ def fresh(k: Tensor, v: Tensor, rope: Rope) -> View:
 class Cache:
     """The contract. One cache serves one sequence (or a batch of equal length) and all layers of one model."""
 
-    at_once: int | None = None  # tokens that one pass may bring; None: any number
+    bound: int | None = None  # slots that it never exceeds; None: as many as tokens were seen
+    at_once: int | None = None  # tokens that one pass may bring, the model splits what is longer; None: any number
     watches: bool = False  # whether `observe` wants to be called: it costs an explicit attention pattern
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ BLOCK = 64  # slots of the first allocation; doubled when full, so that a token 
 
 
 class Full(Cache):
-    """Keeps all. `capacity` slots are allocated at first (0: as the first pass needs) and doubled when full."""
+    """Keeps all. `capacity` slots are allocated at first (0: a few), and doubled as often as the text needs."""
 
     def __init__(self, *, capacity: int = 0) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Full(Cache):
         return view
 
     def _grow(self, layer: int, like: Tensor, stop: int) -> None:
-        capacity = max(self._capacity, BLOCK)
+        capacity = self._capacity or BLOCK
         while capacity < stop:
             capacity *= 2
         for held in (self._k, self._v):

@@ -51,6 +51,11 @@ class SoftmaxAttention(nn.Module):
         self._show(q, v, view, cache, T if show is None else show)
         return self.out(y.transpose(1, 2).reshape(B, T, H * self.head_width))
 
+    def multiplications(self, *, rows: int, keys: int) -> dict[str, int]:
+        """Of queries with keys, and of the pattern with values; those of `qkv` and `out` are seen in their weights."""
+        met = rows * keys * self.heads * self.head_width
+        return {"scores": met, "values": met}
+
     def _show(self, q: Tensor, v: Tensor, view: View, cache: Cache | None, show: int) -> None:
         layer = self.layer
         watched = cache is not None and cache.watches
@@ -108,7 +113,7 @@ def own_keys(view: View, batch: int, count: int) -> Tensor:
     if isinstance(places, range):
         places = torch.arange(places.start, places.stop, device=view.k.device)
     places = places.expand(batch, count)  # B T
-    rows, G, S, D = view.k.shape
+    rows, G, _, D = view.k.shape
     if rows == batch:
         return view.k.gather(2, places[:, None, :, None].expand(batch, G, count, D))
     k = view.k.gather(2, places.reshape(rows, 1, 1, 1).expand(rows, G, 1, D))  # B*T G 1 D

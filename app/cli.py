@@ -1,0 +1,340 @@
+"""`leanscope`: serve the pages, run a lesson without a screen, check its claims, fetch and train models.
+
+Wrong use gets one line and exit code 2; what fails for another reason gets one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from engine.recording import Recorder
+    from lessons.knobs import Knobs
+    from lessons.lesson import Lesson
+
+PORT = 5006
+
+
+class Wrong(Exception):  # noqa: N818
+    """Wrong use: one line for whoever typed it, exit code 2."""
+
+
+class Failed(Exception):  # noqa: N818
+    """It did not work: one line, exit code 1."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        options = _parser().parse_args(arguments)
+        code = options.do(options)
+        sys.stdout.flush()
+        return int(code or 0)
+    except Wrong as error:
+        return _fail(error, 2)
+    except Failed as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `leanscope claims | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"leanscope: {error}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Wrong(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="leanscope", description="See how language models are made cheap to run.", allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, do: Callable[[argparse.Namespace], int | None], about: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        made.set_defaults(do=do)
+        return made
+
+    serving = command("serve", _serve, "Serve the pages.")
+    serving.add_argument(
+        "--port", type=_port, default=_port(os.environ.get("PORT", str(PORT))), help="0 takes a free one"
+    )
+    serving.add_argument("--address", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    serving.add_argument(
+        "--allow-origin", action="append", default=[], metavar="HOST[:PORT]", help="a name under which others reach it"
+    )
+    serving.add_argument("--no-warm", action="store_true", help="run no lesson before someone asks")
+    serving.add_argument("--no-models", action="store_true", help="run all lessons on the toys")
+
+    listing = command("lessons", _lessons, "List the lessons.")
+    listing.add_argument("--json", action="store_true")
+
+    running = command("run", _run, "Run a lesson without a screen; its facts go to the output.")
+    running.add_argument("slug", metavar="SLUG")
+    running.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", dest="knobs")
+    running.add_argument("--model", metavar="M", help="a model's name, or a folder in the Hugging Face layout")
+    running.add_argument(
+        "-o", "--output", nargs="?", const="", metavar="FILE", help="save the recording (leanscope-SLUG.safetensors)"
+    )
+
+    claiming = command("claims", _claims, "Run lessons at their defaults and check what their sources say.")
+    claiming.add_argument("slugs", nargs="*", metavar="SLUG")
+    claiming.add_argument("--json", action="store_true")
+
+    modelling = command("models", _models, "List the models, fetch SmolLM2, or check the files of all.")
+    modelling.add_argument("what", nargs="?", choices=["list", "fetch", "verify"], default="list")
+
+    training = command("train", _train, "Make toy models again from their seeds.")
+    training.add_argument("names", nargs="*", metavar="NAME")
+    training.add_argument("--all", action="store_true")
+
+    command("doctor", _doctor, "Look whether everything that Leanscope needs is there.")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 5 or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {text[:40]!r}")
+    return int(text)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from app.serve import PortError, serve
+
+    named = os.environ.get("LEANSCOPE_ALLOW_ORIGIN", "")
+    if options.no_models:
+        os.environ["LEANSCOPE_NO_MODELS"] = "1"
+    try:
+        serve(
+            address=options.address,
+            port=options.port,
+            origins=[*options.allow_origin, *(name.strip() for name in named.split(",") if name.strip())],
+            warm=not options.no_warm,
+            say=lambda text: print(text, flush=True),
+        )
+    except PortError as error:
+        raise Wrong(str(error)) from None
+
+
+def _lessons(options: argparse.Namespace) -> None:
+    from lessons import all_lessons
+
+    rows = [
+        {name: getattr(lesson, name) for name in ("slug", "title", "question", "part")}
+        for lesson in all_lessons().values()
+    ]
+    if options.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        print(f"{row['slug']:<16} {row['title']}: {row['question']}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from app import runs
+
+    lesson = _lesson(options.slug)
+    knobs = _knobs(lesson, options)
+    target = None
+    if options.output is not None:
+        target = Path(options.output or f"leanscope-{lesson.slug}.safetensors")
+        _check_writable(target)
+    started = time.monotonic()
+    recording = _perform(lesson, knobs)
+    took = time.monotonic() - started
+    found = runs.findings(lesson, recording)
+    _progress(f"{recording.steps} {lesson.step_word}s in {took:.1f} s\n")
+    for name, value in found.facts.items():
+        print(f"{name}: {_shown(value)}")
+    for key, size in recording.cut.items():
+        print(f"{key} was cut by {size:,} bytes", file=sys.stderr)
+    if target is not None:
+        try:
+            recording.save(target)
+        except Exception as error:
+            raise Failed(f"{target} could not be written: {error}") from error
+        print(f"saved {target} ({target.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from app import runs
+    from lessons import all_lessons
+
+    chosen = [_lesson(slug) for slug in dict.fromkeys(options.slugs)] or list(all_lessons().values())
+    table = []
+    for lesson in chosen:
+        recording = _perform(lesson, lesson.knobs())
+        _progress(f"{lesson.slug}: {recording.steps} {lesson.step_word}s\n")
+        for row in runs.claims(lesson, recording):
+            table.append({"lesson": lesson.slug, "claim": row.pop("text"), **row})
+    if options.json:
+        print(json.dumps(table, indent=2, ensure_ascii=False))
+    else:
+        for row in table:
+            print(f"{row['lesson']}: {row['claim']} ({row['source']})")
+            print(f"  reported {row['reported']}, measured {row['measured'] or 'nothing'} {row['unit']}".rstrip())
+            print(f"  {row['formula']}")
+            print(f"  {row['verdict']}{': ' if row['why'] else ''}{row['why']}")
+    return 1 if any(row["why"].startswith(runs.NOT_COMPUTED) for row in table) else 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from engine import checkpoints
+
+    try:
+        entries = checkpoints.catalogue()
+    except checkpoints.ModelUnavailable as error:
+        raise Failed(str(error)) from None
+    if options.what == "list":
+        for entry in entries:
+            print(f"{entry.name:<16} {entry.kind:<5} {'here' if entry.available else f'not here: {entry.reason}'}")
+        return 0
+    if options.what == "fetch":
+        try:
+            folder = checkpoints.fetch_smollm2(progress=_fetching)
+        except checkpoints.ModelUnavailable as error:
+            _progress("")
+            raise Failed(str(error)) from None
+        _progress("")
+        print(f"SmolLM2 is in {folder}")
+        return 0
+    bad = 0
+    for entry in entries:
+        try:
+            checkpoints.verify(entry.name)
+            print(f"ok    {entry.name}")
+        except checkpoints.ModelUnavailable as error:
+            bad += 1
+            print(f"fail  {entry.name}: {error}")
+    return 1 if bad else 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    from app.training import train
+
+    if bool(options.names) == options.all:
+        raise Wrong("name the models to train, or say --all (see leanscope train --help)")
+    train(options.names, say=_progress)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from app.doctor import examine
+
+    worst = 0
+    for grade, name, text in examine(PORT):
+        print(f"{grade:<5} {name}: {text}", flush=True)
+        worst = max(worst, grade == "fail")
+    return int(worst)
+
+
+def _lesson(slug: str) -> Lesson:
+    from lessons import lesson
+
+    try:
+        return lesson(slug)
+    except KeyError as error:
+        raise Wrong(str(error.args[0])) from None
+
+
+def _knobs(lesson: Lesson, options: argparse.Namespace) -> Knobs:
+    """The knobs that the command line asks for."""
+    from lessons.knobs import check
+
+    given: dict[str, Any] = {}
+    for pair in options.knobs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise Wrong(f"--set takes KNOB=VALUE, and {pair[:60]!r} has no =")
+        given[name.strip()] = value
+    own = None
+    if options.model is not None:
+        if "model" not in lesson.knobs.names():
+            raise Wrong(f"{lesson.slug} has no knob called model")
+        if options.model in map(str, lesson.knobs.param["model"].objects):
+            given["model"] = options.model
+        else:
+            own = Path(options.model).expanduser()
+            if not own.is_dir():
+                names = ", ".join(map(str, lesson.knobs.param["model"].objects))
+                raise Wrong(f"--model is one of {names} or a folder, and {options.model[:80]!r} is neither")
+    knobs, problems = check(lesson.knobs, given)
+    if problems:
+        raise Wrong(" ".join(problems))
+    if own is not None:
+        choice = knobs.param["model"]  # this instance's own copy
+        choice.objects = [*choice.objects, str(own)]
+        knobs.model = str(own)  # type: ignore[attr-defined]
+    return knobs
+
+
+def _perform(lesson: Lesson, knobs: Knobs) -> Any:
+    from app import runs
+    from engine.checkpoints import ModelUnavailable
+
+    if not Path(str(getattr(knobs, "model", ""))).is_dir():
+        knobs, missing = runs.with_available_model(knobs)
+        if missing:
+            print(missing, file=sys.stderr)
+    shown = 0.0
+
+    def on_step(recorder: Recorder) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > 0.1:
+            shown = time.monotonic()
+            total = recorder.meta.get("total_steps")
+            _progress(f"{lesson.slug}: {lesson.step_word} {recorder.step}{f' of {total}' if total else ''}")
+
+    try:
+        return runs.perform(lesson, knobs, on_step)
+    except (ValueError, ModelUnavailable) as error:
+        raise Failed(f"{lesson.slug}: {error}") from error
+
+
+def _check_writable(target: Path) -> None:
+    """Say before a long run, rather than after, that its result can't be kept."""
+    if target.is_dir():
+        raise Wrong(f"{target} is a folder; -o takes a file")
+    existed = target.exists()
+    try:
+        with target.open("ab"):
+            pass
+        if not existed:
+            target.unlink()
+    except OSError as error:
+        raise Wrong(f"{target} can't be written ({error.strerror})") from None
+
+
+def _progress(text: str) -> None:
+    """One line that replaces the one before, on a terminal; only finished lines elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif text.endswith("\n"):
+        print(text, end="", file=sys.stderr, flush=True)
+
+
+def _fetching(stage: str, done: int, total: int) -> None:
+    share = f"{done / total:4.0%} of {total / 1e6:.0f} MB" if total > 1e6 else f"{done} of {total}" if total else ""
+    _progress(f"SmolLM2: {stage} {share}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""The two pages: what each is told when it opens, and how messages reach its browser.
+
+A page is one JSComponent drawn by `app/stage`; CONTRIBUTING.md lists what it is told. Building one builds the shell
+alone: everything else is the session's (`app/session.py`), later and in threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import param
+from bokeh.document import Document
+from bokeh.document.events import MessageSentEvent
+from bokeh.model import Model
+from panel.custom import JSComponent
+from panel.models.esm import ESMEvent
+from panel.util import classproperty
+
+from app import assets, fonts, link
+from app.answers import Message
+from app.picture import Feed
+from app.runs import Run, Runs, is_available, model_title
+from app.session import Session
+from lessons import all_lessons, outline
+from lessons.lesson import Lesson
+
+BATCH = 2_000_000  # bytes of one WebSocket message, about; one message of ours may be larger
+PREVIEW = 300_000  # bytes of a small moving picture on the index
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """What was asked for: the lesson's slug ("" is the index), its `?s=` token, and presenting or not."""
+
+    slug: str
+    token: str = ""
+    present: bool = False
+
+    @property
+    def up(self) -> str:
+        """The way from this page to the root of the site."""
+        return "../" if self.slug else "./"
+
+
+class Page(JSComponent):
+    """What both pages share: the stage's module under its own address, and nothing synced back from the browser."""
+
+    start = param.Dict(default={}, doc="Where it begins.")
+    places = param.Dict(default={}, doc="Where other files are.")
+
+    __abstract = True
+
+    def __init__(self, up: str, **params: Any) -> None:
+        super().__init__(sizing_mode="stretch_width", margin=0, **params)
+        self._up = up
+
+    @classproperty
+    def _bundle_path(cls) -> Path:  # noqa: N805
+        from app.stage import bundle_file
+
+        return Path(bundle_file())
+
+    def _render_esm(self, compiled: Any = True, server: bool = False) -> str:  # type: ignore[override]
+        return f"{self._up}assets/{assets.stage()}"
+
+    @property
+    def _linked_properties(self) -> tuple[str, ...]:
+        return ()
+
+    def _get_properties(self, doc: Document | None) -> dict[str, Any]:
+        # Panel's own style sheets would come from another host, and the stage brings its own.
+        return {**super()._get_properties(doc), "stylesheets": []}
+
+
+class LessonPage(Page):
+    """A lesson."""
+
+    lesson = param.Dict(default={}, doc="What the lesson is; never changes.")
+
+    session: Session | None = None
+
+    def _handle_msg(self, data: Any) -> None:
+        if self.session is not None:
+            self.session.receive(data)
+
+
+class HomePage(Page):
+    """The index."""
+
+    course = param.List(default=[], doc="Part by part, every lesson with its question.")
+
+
+def build(doc: Document, address: Address, runs: Runs) -> None:
+    """Put the page for `address` on `doc`. Runs on the server's loop, and does as little as it can."""
+    doc.config.notify_connection_status = False  # the page says it itself
+    doc.config.reconnect_session = False  # a server that restarted does not know this session: the page loads anew
+    places = {"fonts": f"{address.up}fonts/" if fonts.folder() is not None else "", "home": address.up}
+    lesson = all_lessons().get(address.slug) if address.slug else None
+    if lesson is None:
+        home = HomePage(address.up, course=course(address.up), start={"present": address.present}, places=places)
+        home.server_doc(doc, "Leanscope", location=False)
+        return
+    place, problems = link.decode(lesson, address.token)
+    start = {
+        "knobs": place.knobs.values(),
+        "beat": place.beat,
+        "step": place.step if address.token and not problems else None,  # None: the beat says where
+        "notices": [*problems, runs.store.problem] if runs.store.problem else problems,
+        "present": address.present,
+    }
+    page = LessonPage(address.up, lesson={**about(lesson.slug), "models": models(lesson)}, start=start, places=places)
+    page.server_doc(doc, f"{lesson.title} · Leanscope", location=False)
+    session = Session(lesson, place, runs, functools.partial(post, doc, doc.roots[0]), present=address.present)
+    page.session = session
+    doc.on_session_destroyed(lambda context: session.close())
+
+
+async def post(doc: Document, root: Model, messages: list[Message]) -> None:
+    """Send messages to the browser, in order, in as few WebSocket messages as their size allows.
+
+    Bokeh's own way is one WebSocket message for each, and a running lesson has dozens of tracks to tell of.
+    """
+    session = getattr(doc.session_context, "session", None)
+    if session is None or session.destroyed:
+        return
+    for batch in batches(messages):
+        events = [MessageSentEvent(doc, "bokeh_event", ESMEvent(root, data=message)) for message in batch]
+        for connection in tuple(session._subscribed_connections):
+            await connection._socket.send_message(connection.protocol.create("PATCH-DOC", events))
+
+
+def batches(messages: Iterable[Message]) -> Iterable[list[Message]]:
+    """The messages in order, as many in one go as BATCH allows."""
+    batch: list[Message] = []
+    room = BATCH
+    for message in messages:
+        if batch and size(message) > room:
+            yield batch
+            batch, room = [], BATCH
+        batch.append(message)
+        room -= size(message)
+    if batch:
+        yield batch
+
+
+def size(message: Message) -> int:
+    """About how many bytes a message takes on its way."""
+    return 500 + sum(value.nbytes for value in message.values() if isinstance(value, np.ndarray))
+
+
+@functools.cache
+def about(slug: str) -> Message:
+    """What of a lesson never changes while the server runs."""
+    lesson = all_lessons()[slug]
+    menu = [
+        {"slug": other.slug, "title": other.title, "part": other.part, "order": other.order, "href": other.slug}
+        for other in all_lessons().values()
+    ]
+    return {
+        "slug": lesson.slug,
+        "title": lesson.title,
+        "question": lesson.question,
+        "part": lesson.part,
+        "order": lesson.order,
+        "sources": list(lesson.sources),
+        "step_word": lesson.step_word,
+        "glossary": dict(lesson.glossary),
+        "beats": [dataclasses.asdict(beat) for beat in lesson.beats],
+        "knobs": [{**spec, "look": spec["name"] in lesson.looks} for spec in lesson.knobs.spec()],
+        "lessons": menu,
+    }
+
+
+def models(lesson: Lesson) -> list[Message]:
+    """The models that the lesson's `model` knob offers, and whether they are here."""
+    if "model" not in lesson.knobs.names():
+        return []
+    knob = lesson.knobs.param["model"]
+    named = {value: label for label, value in (knob.names or {}).items()}
+    found = []
+    for value in knob.objects:
+        here, why = is_available(value)
+        found.append({"value": value, "label": named.get(value, model_title(value)), "available": here, "why": why})
+    return found
+
+
+def course(up: str) -> list[Message]:
+    """The whole course, for the index; lessons still to come have no address."""
+    parts = []
+    for part, rows in outline.course():
+        lessons = []
+        for _, slug, title, question, lesson in rows:
+            card: Message = {"slug": slug, "title": title, "question": question}
+            if lesson is not None:
+                card["href"] = f"{up}lesson/{slug}"
+                if slug in _previews:
+                    card["preview"] = _previews[slug]
+            lessons.append(card)
+        parts.append({"part": part, "lessons": lessons})
+    return parts
+
+
+_previews: dict[str, list[Message]] = {}  # the same for all visitors, and made for none of them: see `preview`
+
+
+def preview(lesson: Lesson, run: Run) -> None:
+    """Keep the first view of a lesson's default run for the index, unless it is too large for a small picture."""
+    scene = lesson.scenes[0] if lesson.scenes else None
+    if scene is None or run.recording is None or not run.recording.steps:
+        return
+    messages: list[Message] = []
+    small = dataclasses.replace(scene, views=scene.views[:1])
+    Feed(messages.append).show(run.id, run.recording, small, run.knobs)
+    if sum(map(size, messages)) <= PREVIEW:
+        _previews[lesson.slug] = messages

@@ -1,0 +1,177 @@
+"""The server: one Bokeh application behind all pages, the process around it, and the two ways to start it.
+
+`leanscope serve` and `panel serve app/site.py --plugins app.plugin` use the same application, handlers and routes.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from errno import EADDRINUSE
+from pathlib import Path
+from typing import Any
+
+from bokeh.application.handlers.function import FunctionHandler
+from bokeh.document import Document
+from bokeh.server import urls
+from panel.io.application import Application
+from panel.io.server import Server
+from tornado.ioloop import IOLoop
+
+from app import assets, fonts, handlers, page
+from app.runs import Runs, with_available_model
+from app.store import Store
+from lessons import all_lessons
+
+log = logging.getLogger(__name__)
+
+IDLE = 90_000  # milliseconds that a page may be gone before its session is dropped
+INCOMING = 1_000_000  # bytes of one message from a browser
+
+_runs: Runs | None = None  # the run service of this process, made by `begin`
+_beginning = threading.Lock()
+
+
+def begin(*, folder: Path | None = None, warm: bool | None = None) -> Runs:
+    """The run service of this process; the first call makes it, and warms it up in the background."""
+    global _runs
+    with _beginning:
+        if _runs is None:
+            _runs = Runs(Store(folder or fonts.cache_folder() / "runs"))
+            wanted = os.environ.get("LEANSCOPE_WARM", "1") != "0" if warm is None else warm
+            threading.Thread(target=_warm, args=(_runs, wanted), name="leanscope-warm", daemon=True).start()
+        return _runs
+
+
+def fill(doc: Document) -> None:
+    """Build the page that a visitor asked for. What was asked is in the session's token, and is checked again."""
+    payload: Any = getattr(doc.session_context, "token_payload", {})
+    asked = payload.get("page")
+    asked = asked if isinstance(asked, dict) else {}
+    slug, token = asked.get("slug"), asked.get("token")
+    address = page.Address(
+        slug if isinstance(slug, str) and slug in all_lessons() else "",
+        token if isinstance(token, str) else "",
+        asked.get("present") is True,
+    )
+    page.build(doc, address, begin())
+
+
+def install() -> None:
+    """Put our page and WebSocket handlers in the place of Panel's, for the server that is made next."""
+    urls.per_app_patterns[:] = [(r"/ws", handlers.PageSocket), (r"/?", handlers.PageHandler)]
+    assets.scripts()
+
+
+def routes() -> list[Any]:
+    """The addresses besides those of the application itself, as Tornado takes them."""
+    return [
+        (r"/lesson/(?P<slug>[^/]+)/ws", handlers.PageSocket, {}),
+        (r"/lesson/(?P<slug>[^/]+)", handlers.PageHandler, {}),
+        (r"/lesson/(?P<slug>[^/]+)/", handlers.Slashed, {}),
+        (r"/ws", handlers.PageSocket, {}),
+        (r"/", handlers.PageHandler, {}),
+        (r"/assets/([A-Za-z0-9_-]+\.[a-z0-9]+)", handlers.AssetHandler, {}),
+        (r"/fonts/([a-z0-9-]+)\.woff2", handlers.FontHandler, {}),
+        (r"/healthz", handlers.HealthHandler, {"load": lambda: begin().load()}),
+    ]
+
+
+class PortError(Exception):
+    """The address cannot be had; the text is one sentence for whoever started the server."""
+
+
+def serve(
+    *,
+    address: str,
+    port: int,
+    origins: list[str],
+    warm: bool = True,
+    say: Callable[[str], None],
+) -> None:
+    """Serve until interrupted, and tell by `say` where. `origins` are further hosts whose pages may open a WebSocket.
+
+    Raises PortError.
+    """
+    _check_address(address, port)
+    install()
+    runs = begin(warm=warm)
+    loop = IOLoop.current()
+    try:
+        server = Server(
+            {"/": Application(FunctionHandler(fill))},
+            address=address,
+            port=port,
+            io_loop=loop,
+            extra_patterns=[*routes(), (r".*", handlers.NotFound, {})],
+            use_index=False,
+            keep_alive_milliseconds=25_000,
+            unused_session_lifetime_milliseconds=IDLE,
+            check_unused_sessions_milliseconds=15_000,
+            websocket_max_message_size=INCOMING,
+            sign_sessions=True,
+            secret_key=secrets.token_bytes(32),
+            ico_path="none",
+        )
+    except OSError as error:
+        raise PortError(f"The address {address}:{port} can't be used ({error.strerror}).") from error
+    got = server.port or port
+    # Bokeh is told the origins here, because only now is the port known when any free one was asked for.
+    server._tornado._websocket_origins = _origins(address, got) | {name.lower() for name in origins}
+    shown = "localhost" if address in ("127.0.0.1", "0.0.0.0", "") else f"[{address}]" if ":" in address else address
+    say(f"Leanscope is at http://{shown}:{got}/ (Ctrl-C stops it)")
+    if runs.store.problem:
+        say(runs.store.problem)
+    server.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.add_callback_from_signal(loop.stop))
+    try:
+        loop.start()
+    finally:
+        server.stop(wait=False)
+        runs.close(timeout=3)
+
+
+def _origins(address: str, port: int) -> set[str]:
+    """The hosts whose pages may open a WebSocket: those by which this address is called, exactly."""
+    if address in ("127.0.0.1", "localhost", "0.0.0.0", ""):
+        return {f"localhost:{port}", f"127.0.0.1:{port}"}
+    return {f"[{address}]:{port}" if ":" in address else f"{address.lower()}:{port}"}
+
+
+def _check_address(address: str, port: int) -> None:
+    """Say in a sentence what Tornado would say in a traceback."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        if error.errno == EADDRINUSE:
+            text = f"Port {port} is in use. Choose another with --port, or --port 0 for any that is free."
+        else:
+            text = f"The address {address}:{port} can't be used ({error.strerror or error})."
+        raise PortError(text) from error
+
+
+def _warm(runs: Runs, lessons: bool) -> None:
+    """Run each lesson at its defaults, one after the other, so that the first visitor finds them done."""
+    for lesson in all_lessons().values() if lessons else ():
+        done = threading.Event()
+        run = runs.ask(lesson, with_available_model(lesson.knobs())[0], done.set)
+        while not run.finished:
+            done.wait(1.0)
+            done.clear()
+        if run.state == "done":
+            page.preview(lesson, run)
+        else:
+            log.warning("%s could not be warmed up: %s", lesson.slug, run.message)
+    # What is loaded by now stays for good: out of the collector's way, it keeps collections short.
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,191 @@
+/**
+ * Lines with the player's cursor: what is past is drawn firmly, what is to come faintly. Both layers are drawn once for
+ * the data there is; a frame only copies them, cut at the cursor.
+ */
+import { axis, scaleOf } from "./axes.js";
+import { make, sized } from "./dom.js";
+import { format } from "./text.js";
+
+const PLOT_HEIGHT = 150;
+const MARGIN = { left: 38, right: 12, top: 10, bottom: 22 };
+
+export function curves(host, spec, context) {
+  const { store } = context;
+  const canvas = make("canvas", { role: "img" });
+  const wrap = make("div", { class: "canvas-wrap" }, canvas);
+  const key = make("div", { class: "legend" }, spec.lines.map((line) =>
+    make("span", { class: `key ${line.dashed ? "dashed" : "line"} ink-${line.colour} fill-${line.colour}` }, make("span", { class: "key-text" }, line.label))));
+  host.append(wrap, context.bare ? "" : key);
+  const firm = document.createElement("canvas");
+  const faint = document.createElement("canvas");
+  let state = "";
+  let plot = null;
+  let step = 0;
+
+  const points = (line) => {
+    const track = store.of(line.tensor);
+    if (!track) return [];
+    if (spec.across) {
+      const count = track.countAt(step);
+      if (!count) return [];
+      const xs = line.x ? store.of(line.x) : null;
+      const width = track.row(count - 1).width;
+      return Array.from({ length: width }, (_, i) => ({ x: xs ? xs.value(Math.max(0, xs.countAt(step) - 1), i) : i, y: track.value(count - 1, i), at: -1 }));
+    }
+    const xs = line.x ? store.of(line.x) : null;
+    const all = [];
+    for (let r = 0; r < track.count; r += 1) {
+      const at = track.at[r];
+      if (at >= spec.start) all.push({ x: xs && r < xs.count ? xs.scalar(r) : at, y: track.scalar(r), at });
+    }
+    return all;
+  };
+
+  /** Draw both layers for the data there is. */
+  const lay = () => {
+    const lines = spec.lines.map((line) => ({ line, points: points(line).filter(({ y }) => Number.isFinite(y) && (!spec.log || y > 0)) }));
+    const every = lines.flatMap((l) => l.points);
+    if (!every.length) return null;
+    const width = host.clientWidth;
+    const height = context.height || PLOT_HEIGHT;
+    const margin = context.bare ? { left: 2, right: 6, top: 6, bottom: 4 } : MARGIN;
+    const edge = (pick, values) => values.reduce((a, b) => pick(a, b));
+    const xs = every.map((p) => p.x);
+    const ahead = spec.across || lines.some((l) => l.line.x) ? 0 : store.ahead;
+    const x = scaleOf(edge(Math.min, xs), edge(Math.max, xs) + ahead, margin.left, width - margin.right, spec.log_x);
+    const ys = every.map((p) => p.y);
+    const y = scaleOf(spec.low ?? edge(Math.min, ys), spec.high ?? edge(Math.max, ys), height - margin.bottom, margin.top, spec.log, true);
+    for (const [layer, alpha] of [[firm, 1], [faint, 0.28]]) {
+      const pen = sized(layer, width, height);
+      pen.clearRect(0, 0, width, height);
+      pen.globalAlpha = alpha;
+      for (const { line, points: list } of lines) trace(pen, list, x, y, line, context.colours);
+      pen.globalAlpha = 1;
+    }
+    sized(canvas, width, height);
+    return { lines, x, y, width, height, margin };
+  };
+
+  const draw = (now) => {
+    step = now;
+    const versions = spec.lines.map((line) => (store.of(line.tensor) || { version: 0 }).version).join();
+    const wanted = `${versions} ${host.clientWidth} ${context.theme} ${store.total} ${store.steps} ${spec.across ? now : ""}`;
+    if (wanted !== state && host.clientWidth) {
+      state = wanted;
+      plot = lay();
+    }
+    if (!plot) return false;
+    paint();
+    canvas.setAttribute("aria-label", describe());
+    return true;
+  };
+
+  const cursorX = () => {
+    const first = plot.lines.find((l) => l.points.length);
+    const past = first.points.filter((p) => p.at <= step);
+    return past.length ? plot.x(past[past.length - 1].x) : plot.margin.left;
+  };
+
+  const paint = () => {
+    const { width, height, margin, x, y } = plot;
+    const pen = canvas.getContext("2d");
+    const ratio = window.devicePixelRatio || 1;
+    pen.clearRect(0, 0, width, height);
+    if (!context.bare) axis(pen, { x, y, width, height, margin, spec, context });
+    if (spec.across) return pen.drawImage(firm, 0, 0, width, height);
+    const cut = Math.round(cursorX() * ratio);
+    const copy = (layer, from, to) => {
+      if (to > from) pen.drawImage(layer, from, 0, to - from, layer.height, from / ratio, 0, (to - from) / ratio, height);
+    };
+    copy(firm, 0, cut);
+    copy(faint, cut, faint.width);
+    return marks(pen);
+  };
+
+  /** The cursor, and a dot on each line where it stands. */
+  const marks = (pen) => {
+    const { margin, height, x, y } = plot;
+    const at = cursorX();
+    pen.strokeStyle = context.colours.role("muted");
+    pen.lineWidth = 1;
+    pen.setLineDash([3, 3]);
+    pen.beginPath();
+    pen.moveTo(at, margin.top - 4);
+    pen.lineTo(at, height - margin.bottom);
+    pen.stroke();
+    pen.setLineDash([]);
+    for (const { line, points: list } of plot.lines) {
+      const now = newest(list, step);
+      if (!now) continue;
+      pen.fillStyle = context.colours.role(line.colour);
+      pen.strokeStyle = context.colours.role("panel");
+      pen.lineWidth = 1.5;
+      pen.beginPath();
+      pen.arc(x(now.x), y(now.y), 4, 0, 2 * Math.PI);
+      pen.fill();
+      pen.stroke();
+    }
+  };
+
+  const values = (at) =>
+    plot.lines
+      .map(({ line, points: list }) => ({ line, point: spec.across ? nearest(list, at) : newest(list, at) }))
+      .filter(({ point }) => point)
+      .map(({ line, point }) => ({ label: line.label, x: point.x, text: format(point.y, spec.format) }));
+
+  const describe = () => {
+    const now = spec.across ? [] : values(step);
+    return `${spec.title || spec.y_label}. ${now.map((v) => `${v.label}: ${v.text}`).join("; ")}`;
+  };
+
+  canvas.addEventListener("pointermove", (event) => {
+    if (!plot || context.bare) return;
+    const left = event.clientX - canvas.getBoundingClientRect().left;
+    const at = Math.round(plot.x.invert(left));
+    const read = values(at);
+    if (read.length) context.tip.near(event, [`${spec.x_label || "step"} ${read[0].x}`, ...read.map((v) => `${v.label} ${v.text}`)]);
+  });
+  canvas.addEventListener("pointerleave", () => context.tip.hide());
+
+  return {
+    draw,
+    resize() {
+      state = "";
+      draw(step);
+    },
+    dispose() {
+      wrap.remove();
+      key.remove();
+    },
+    table() {
+      if (!plot) return { columns: [], rows: [] };
+      const xs = [...new Set(plot.lines.flatMap((l) => l.points.filter((p) => p.at <= step || spec.across).map((p) => p.x)))].sort((a, b) => a - b);
+      const rows = xs.slice(-200).map((x) => [x, ...plot.lines.map(({ points: list }) => {
+        const point = list.find((p) => p.x === x);
+        return point ? format(point.y, spec.format) : "";
+      })]);
+      return { columns: [spec.x_label || "step", ...spec.lines.map((line) => line.label)], rows };
+    },
+  };
+}
+
+function newest(list, step) {
+  let found = null;
+  for (const point of list) if (point.at <= step) found = point;
+  return found;
+}
+
+function nearest(list, x) {
+  return list.reduce((best, p) => (best && Math.abs(best.x - x) <= Math.abs(p.x - x) ? best : p), null);
+}
+
+function trace(pen, list, x, y, line, colours) {
+  pen.strokeStyle = colours.role(line.colour);
+  pen.lineWidth = 1.75;
+  pen.lineJoin = "round";
+  pen.setLineDash(line.dashed ? [5, 4] : []);
+  pen.beginPath();
+  list.forEach((point, i) => (i ? pen.lineTo(x(point.x), y(point.y)) : pen.moveTo(x(point.x), y(point.y))));
+  pen.stroke();
+  pen.setLineDash([]);
+}

@@ -1,0 +1,28 @@
+/** The keyboard. Nothing is taken from someone who types, and a control that has the focus keeps its own keys. */
+
+const TYPING = new Set(["text", "search", "number", "email", "url", "password"]);
+
+/** Which keys the focused element needs for itself. */
+function owns(target, key) {
+  if (!(target instanceof Element)) return false;
+  const tag = target.tagName;
+  if (tag === "TEXTAREA" || target.isContentEditable || (tag === "INPUT" && TYPING.has(target.type))) return true;
+  if (tag === "SELECT") return key !== "Escape";
+  if (tag === "INPUT" && target.type === "range") return /^(Arrow|Home|End|Page)/.test(key);
+  if (tag === "INPUT") return key === " ";
+  if (tag === "BUTTON" || tag === "SUMMARY") return key === " " || key === "Enter";
+  return tag === "A" && key === "Enter";
+}
+
+/** `actions` maps a key to what it does; returns a function that stops listening. */
+export function listenKeys(actions) {
+  const press = (event) => {
+    if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
+    const action = actions[event.key];
+    if (!action || owns(event.composedPath()[0], event.key)) return;
+    event.preventDefault();
+    action();
+  };
+  document.addEventListener("keydown", press);
+  return () => document.removeEventListener("keydown", press);
+}

@@ -1,0 +1,195 @@
+/** A lesson's page: its parts, and how they hang together. */
+import { createAsks } from "./asks.js";
+import { createBeats } from "./beats.js";
+import { createCell } from "./cell.js";
+import { palette } from "./colours.js";
+import { make, say, throttled } from "./dom.js";
+import { createHeader } from "./header.js";
+import { createInbox } from "./inbox.js";
+import { listenKeys } from "./keys.js";
+import { createKnobs, createModels } from "./knobs.js";
+import { createNotices } from "./notices.js";
+import { Player } from "./player.js";
+import { expose, presenting } from "./present.js";
+import { createPulse } from "./pulse.js";
+import { createScene } from "./scene.js";
+import { createTabs } from "./tabs.js";
+import { FONTS } from "./theme.js";
+import { createTip } from "./tip.js";
+import { createTransport } from "./transport.js";
+
+const PLACE_EVERY = 220; // milliseconds between two reports of where the learner is
+
+export function lessonPage({ root, model, places, theme }) {
+  const lesson = model.get("lesson");
+  const start = model.get("start") || {};
+  const send = (message) => model.send_msg(message);
+  const values = { ...Object.fromEntries(lesson.knobs.map((spec) => [spec.name, spec.default])), ...(start.knobs || {}) };
+  const player = new Player();
+  const tip = createTip(root);
+  const notices = createNotices();
+  const spoken = make("div", { class: "visually-hidden", "aria-live": "polite" });
+  const stage = make("div", { class: "stage" });
+  const cell = createCell({ closed: () => asks.forget() });
+  const asks = createAsks(send, player, cell);
+
+  /** What every view is given; each gets its store besides. */
+  const base = {
+    player,
+    tip,
+    fonts: FONTS,
+    knobs: values,
+    colours: palette(root),
+    theme: `${root.dataset.theme} 0`,
+    bare: false,
+    turn: (name, value) => knobs.set(name, value),
+    announce: (text) => say(spoken, text),
+    exact: asks.exact,
+  };
+  const scenes = createScene(stage, base, {
+    open(index, view, at) {
+      asks.cell(index, at);
+      beats.opened(view.name);
+    },
+  });
+
+  let scene = "";
+  const showScene = (name) => {
+    if (name === scene) return;
+    scene = name;
+    send({ type: "scene", scene: name });
+  };
+
+  const inHeader = "model" in values && lesson.models?.length > 0;
+  const knobs = createKnobs(
+    lesson.knobs.filter((spec) => !(inHeader && spec.name === "model")),
+    values,
+    {
+      send(all) {
+        notices.clear();
+        send({ type: "knobs", values: all });
+      },
+      turned(name) {
+        models?.show(values.model);
+        beats.turned(name);
+        player.redraw();
+      },
+    },
+  );
+  const models = inHeader ? createModels(lesson.models, values.model, (value) => knobs.set("model", value)) : null;
+  const sendPlace = throttled(() => send({ type: "place", beat: beats.index, step: player.step }), PLACE_EVERY);
+  const beats = createBeats(lesson, { player, knobs, tip, showScene, light: scenes.light, changed: sendPlace });
+
+  /** The learner takes the player in hand: from now on no beat pulls it elsewhere. */
+  const inHand = (work) => () => {
+    beats.taken();
+    work();
+  };
+  const toggle = inHand(() => {
+    player.toggle();
+    if (player.playing) beats.played();
+  });
+  const transport = createTransport(player, lesson.step_word || "step", { toggle, taken: beats.taken, stop: () => send({ type: "stop" }) });
+  const tabs = createTabs(send, player);
+  const inbox = createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks });
+  const present = presenting(root);
+  const header = createHeader({ lesson, home: places.home, models, theme, present, share: () => inbox.href || location.href });
+  const skip = (event) => {
+    event.preventDefault();
+    beats.focus();
+  };
+
+  root.append(
+    make("a", { class: "skip", href: "#story", on: { click: skip } }, "Skip to the lesson"),
+    header,
+    make(
+      "main",
+      { class: "lesson" },
+      make("div", { class: "question" }, make("p", { class: "kicker" }, `Lesson ${lesson.order}`), make("h1", {}, lesson.question)),
+      notices.element,
+      make(
+        "div",
+        { class: "columns" },
+        beats.element,
+        stage,
+        make("aside", { class: "side", "aria-label": "Knobs" }, make("h2", { class: "side-title" }, "Turn"), knobs.element, cell.element),
+        transport.element,
+      ),
+      tabs.element,
+      spoken,
+    ),
+  );
+
+  let drawn = false;
+  let placed = -1;
+  player.listen(({ step, redraw }) => {
+    if (redraw && scenes.draw(step)) drawn = true;
+    if (step === placed) return;
+    placed = step;
+    sendPlace();
+  });
+
+  const pulse = createPulse({
+    send,
+    onAway: notices.away,
+    onHere: notices.here,
+    onBack: () => (player.playing ? notices.back(() => location.reload()) : location.reload()),
+  });
+  model.on("msg:custom", (event) => {
+    pulse.heard();
+    inbox.take(event.data ?? event);
+  });
+
+  const stopKeys = listenKeys({
+    " ": beats.next,
+    ArrowRight: beats.next,
+    ArrowLeft: beats.back,
+    k: toggle,
+    p: toggle,
+    ",": inHand(() => player.by(-1)),
+    ".": inHand(() => player.by(1)),
+    Home: inHand(() => player.go(0)),
+    End: inHand(() => player.go(player.last)),
+    t: scenes.flip,
+    Escape() {
+      tip.hide();
+      cell.hide();
+    },
+  });
+
+  const resized = new ResizeObserver(() => {
+    scenes.resize();
+    player.redraw();
+  });
+  resized.observe(stage);
+
+  if (start.present) present.toggle();
+  (start.notices || []).forEach((text) => notices.add(text, "warning"));
+  begin();
+  expose({ lesson, player, ready: () => drawn });
+  send({ type: "ready" });
+
+  /** Where the link says; else where the first beat says; else at the newest step. */
+  function begin() {
+    const linked = typeof start.step === "number";
+    beats.open(Math.max(0, Math.min(start.beat || 0, lesson.beats.length - 1)), { quietly: linked });
+    if (!linked) return;
+    const beat = lesson.beats[beats.index];
+    if (beat && beat.scene) showScene(beat.scene);
+    player.waitFor(start.step);
+  }
+
+  return {
+    themed() {
+      base.colours = palette(root);
+      base.theme = `${root.dataset.theme} ${performance.now()}`;
+      player.redraw();
+    },
+    stop() {
+      stopKeys();
+      pulse.stop();
+      resized.disconnect();
+      player.stop();
+    },
+  };
+}

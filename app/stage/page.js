@@ -1,0 +1,38 @@
+/**
+ * The page: `render({model, el})` for Panel, Jupyter and static files alike. Of the model it uses get, send_msg and
+ * on("msg:custom"); messages are described in CONTRIBUTING.md.
+ */
+import { lessonPage } from "./lesson.js";
+import { make } from "./dom.js";
+import { homePage } from "./home.js";
+import { STYLES } from "./styles.js";
+import { createTheme, loadFonts } from "./theme.js";
+
+/** Styles go where the page is: into the shadow root that Panel makes, or into the document. */
+function dress(el) {
+  const root = el.getRootNode();
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(STYLES);
+  root.adoptedStyleSheets = [...root.adoptedStyleSheets, sheet];
+}
+
+function render({ model, el }) {
+  const root = make("div", { class: "leanscope" });
+  dress(el);
+  el.append(root);
+  const places = model.get("places") || {};
+  let page = null;
+  const theme = createTheme(root, () => {
+    document.documentElement.style.background = getComputedStyle(root).getPropertyValue("--paper");
+    page?.themed();
+  });
+  document.body.style.margin = "0";
+  page = !model.get("lesson")?.slug ? homePage({ root, model, places, theme }) : lessonPage({ root, model, places, theme });
+  loadFonts(places.fonts, () => page.themed());
+  model.on("remove", () => {
+    theme.stop();
+    page.stop();
+  });
+}
+
+export default { render };
