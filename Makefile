@@ -36,7 +36,7 @@ test:  ## linters, types and every test
 
 bench:  ## the speed budgets, measured on this machine
 	@$(SETUP) test
-	$(RUN) tests.benchmarks
+	for file in tests/benchmarks/bench_*.py; do $(RUN) tests.benchmarks.$$(basename $$file .py) || exit 1; done
 
 pins:  ## write the installed versions into constraints.txt, to be looked at before they are kept
 	$(RUN) pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > constraints.new

@@ -22,7 +22,6 @@ import numpy as np
 from app.picture import exact_row, find, pick
 from app.runs import Findings
 from engine.recording import Recording, Track
-from lessons import all_lessons
 from lessons.knobs import Knobs
 from lessons.views import Of, View
 
@@ -96,10 +95,10 @@ def _within(track: Track, picks: Mapping[str, int], at: Mapping[Any, Any]) -> bo
 
 
 @functools.cache
-def sources(slug: str) -> tuple[Message, ...]:
-    """The engine's functions that a lesson shows as its code, with the numbers of the lines that tap."""
+def sources(references: tuple[str, ...]) -> tuple[Message, ...]:
+    """The engine's functions that a lesson shows ("engine.caches.sinks:Sinks"), with the numbers of lines that tap."""
     found = []
-    for reference in all_lessons()[slug].code:
+    for reference in references:
         module_name, _, path = reference.partition(":")
         module = importlib.import_module(module_name)
         thing: Any = module
@@ -113,9 +112,9 @@ def sources(slug: str) -> tuple[Message, ...]:
     return tuple(found)
 
 
-def code(slug: str) -> list[Message]:
+def code(references: tuple[str, ...]) -> list[Message]:
     """The Code tab."""
-    return [{"type": "code", "sources": list(sources(slug))}]
+    return [{"type": "code", "sources": list(sources(references))}]
 
 
 def tensors(recording: Recording | None) -> list[Message]:

@@ -27,7 +27,7 @@ HOST = re.compile(r"[A-Za-z0-9.\[\]:_-]+")
 
 
 def policy(host: str) -> str:
-    """The Content-Security-Policy: this server alone, no inline script, no eval, frames where the site's host allows."""
+    """The Content-Security-Policy: this server alone, no inline script, no eval; frames where the host allows them."""
     ancestors = os.environ.get("LEANSCOPE_FRAME_ANCESTORS", "'self'")
     if not ANCESTORS.fullmatch(ancestors):
         ancestors = "'self'"

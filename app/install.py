@@ -107,13 +107,13 @@ def pip_command(extras: Sequence[str], environ: Mapping[str, str], *, terminal: 
 def explain_pip(said: str) -> str:
     """One sentence for what pip wrote on its error stream when it failed."""
     if re.search(r"No space left on device|Errno 28", said):
-        return "The disk is full: the packages need 2 GB (about 8 with CUDA); make room, then make again."
+        return "The disk is full: the packages need 2 GB, and several more with CUDA; make room, then make again."
     if re.search(r"Permission denied|Errno 13|Read-only file system", said):
         return "The packages can't be written into .venv (permission denied): remove it, or copy Leanscope elsewhere."
     if re.search(r"name resolution|NewConnection|Timeout|timed out|Connection \w+ed|[Cc]onnection broken|Proxy", said):
         return "The package index can't be reached: check the network (or pip's proxy settings), then make again."
     errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR")]
-    return f"pip could not install the packages: {errors[0] if errors else 'it gave no reason'}"
+    return f"pip could not install the packages: {errors[0] if errors else 'it gave no reason'}."
 
 
 def install_packages(extras: Iterable[str]) -> None:
@@ -129,8 +129,9 @@ def install_packages(extras: Iterable[str]) -> None:
     command = pip_command(todo, os.environ, terminal=sys.stdout.isatty())
     done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.stderr.write(done.stderr)
-        raise InstallError(explain_pip(done.stderr))
+        log = VENV / "pip.log"
+        log.write_text(done.stderr)
+        raise InstallError(f"{explain_pip(done.stderr)} What pip said is in {log}.")
     stamp.write_text(json.dumps({"key": key, "extras": todo}))
 
 

@@ -173,7 +173,7 @@ class Session:
             self._say({"type": "cell", "request": request, "error": "There is no such cell."})
 
     def _on_code(self, message: Mapping[str, Any]) -> None:
-        self._later(functools.partial(answers.code, self.lesson.slug))
+        self._later(functools.partial(answers.code, self.lesson.code))
 
     def _on_tensors(self, message: Mapping[str, Any]) -> None:
         self._later(functools.partial(answers.tensors, self._so_far()))

@@ -40,6 +40,7 @@ class TextTokens(Protocol):
     newline: int | None
 
     def encode(self, text: str) -> list[int]: ...
+    def prompt(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def pieces(self, ids: Sequence[int]) -> list[str]: ...
 
@@ -61,8 +62,8 @@ def load(
     """The model called `name` and its tokenizer, ready to run.
 
     `name` is "smollm2", a toy of the zoo, or the path of a folder in the Hugging Face layout; only names of
-    `catalogue()` may come from a browser. Without a dtype the weights stay as they are stored. Raises
-    ModelUnavailable with one plain sentence.
+    `catalogue()` may come from a browser. Without a dtype toys run in float32, and other weights as they are
+    stored. Raises ModelUnavailable with one plain sentence.
     """
     where = torch.device(device) if device is not None else hardware.device()
     toys = manifest()
@@ -152,11 +153,16 @@ def _load_toy(
 ) -> tuple[Decoder, TextTokens]:
     verify(name)  # a toy is small: hashing it takes milliseconds
     model, tokenizer = _toy_parts(entry["recipe"])
-    return settle(model, read_tensors(_toy_file(name, entry)), dtype=dtype, device=device), tokenizer
+    # Shipped in half precision for its size, which is no precision to compute in on a CPU.
+    weights = read_tensors(_toy_file(name, entry))
+    return settle(model, weights, dtype=dtype or torch.float32, device=device), tokenizer
 
 
 def _toy_parts(recipe: str) -> tuple[Decoder, TextTokens]:
     """The untrained model of a recipe and Toyland's tokenizer."""
     from engine import toyland, train  # training may load a teacher through this module
 
-    return train.build(recipe), toyland.Tokenizer()
+    try:
+        return train.build(recipe), toyland.Tokenizer()
+    except ValueError as error:
+        raise ModelUnavailable(f"the zoo's manifest does not fit this version of Leanscope: {error}.") from error

@@ -32,6 +32,7 @@ Reader = Cache | Recompute | None
 
 class Speaks(Protocol):
     def encode(self, text: str) -> list[int]: ...
+    def prompt(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
@@ -54,7 +55,7 @@ def states(model: Decoder, ids: Tensor, *, cache: Reader = None, chunk: int = 25
         # Reading the first window anew for each of its tokens gives the rows of reading it once.
         yield from model.hidden(ids[:, :size])[:, start:].split(chunk, 1)
     windows = ids.unfold(1, size, 1)[:, max(1, start - size + 1) :]  # B N L
-    for part in windows.split(max(1, chunk // size), 1) if T > size else ():
+    for part in windows.split(max(1, chunk // size), 1) if size < T else ():
         yield model.hidden(part.reshape(-1, size))[:, -1].view(B, part.shape[1], -1)
 
 
@@ -133,7 +134,7 @@ def ask(model: Decoder, tokenizer: Speaks, question: Question, *, cache: Reader 
     The right answer is fed whatever the model says, so that one pass does: `right` is exactly what free greedy
     decoding would find, and after a first slip `text` is what the model says given the truth so far.
     """
-    prompt, wanted = tokenizer.encode(question.prompt), tokenizer.encode(question.answer)
+    prompt, wanted = tokenizer.prompt(question.prompt), tokenizer.encode(question.answer)
     if not prompt or not wanted:
         raise ValueError(f"a question needs a prompt and an answer, not {question.prompt!r} and {question.answer!r}")
     ids = torch.tensor([prompt + wanted[:-1]], device=next(model.parameters()).device)  # 1 T
@@ -175,5 +176,5 @@ def passkey(tokenizer: Speaks, *, tokens: int, depth: float, seed: int, digits: 
         raise ValueError(f"tokens must be at least {fixed + len(tokenizer.encode(filler))}, not {tokens}")
     above = round(depth * repeats)
     head = begin + filler * above
-    fact = range(len(tokenizer.encode(head)), len(tokenizer.encode(head + told)))
+    fact = range(len(tokenizer.prompt(head)), len(tokenizer.prompt(head + told)))
     return Question(head + told + filler * (repeats - above) + end, key, fact)

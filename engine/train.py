@@ -1,8 +1,9 @@
 """One short training loop, and the recipes of the zoo: every toy that ships can be made again from its name.
 
-AdamW (arXiv:1711.05101) with warm-up and cosine decay; texts grow longer from stage to stage, because a model finds
-out how to look things up much sooner in short texts. Data, weights and order follow from the seed. A checkpoint holds
-weights, optimiser moments and the step, so a stopped training goes on where it was.
+AdamW (arXiv:1711.05101) with warm-up and cosine decay. Texts grow longer from stage to stage at the same number of
+tokens a step, because a model finds out how to look things up much sooner in short texts. Weights, texts and their
+order follow from the seed. A checkpoint holds weights, optimiser moments and the step: a training that was stopped
+goes on where it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,46 +12,56 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import hardware
 from engine.model import Decoder, Shape
 from engine.recording import site, step, tap
-from engine.toyland import Grammar, batch
+from engine.toyland import Batch, Grammar, batch
+from engine.toyland.stories import ASKING
 from engine.toyland.words import SIZE
+from engine.weights import sha256
 
-LOSS = site("train.loss", "mean surprisal of the batch", symbol="L", unit="nats")
-RATE = site("train.rate", "learning rate", symbol="η")
+LOSS = site("train.loss", "mean surprisal of the batch", symbol="L", low=0.0, unit="nats")
+FLOOR = site("train.floor", "the same under the grammar itself: no reader does better on average", low=0.0, unit="nats")
+RATE = site("train.rate", "learning rate", symbol="η", low=0.0)
 
-TEST_SEEDS = range(10**6, 10**6 + 64)  # never drawn in training
 TOY = Shape(
     vocab=SIZE, width=128, layers=4, heads=4, kv_heads=4, head_width=32, ffn_width=344, max_positions=1024
 )  # fmt: skip
 
-Progress = Callable[[int, int, float], None]  # steps done, steps in all, loss
+Progress = Callable[[int, int, float], None]
+"""Called after each step with the steps done, the steps in all and the loss. It may raise to stop."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """So many steps on batches of so many texts of so many tokens."""
+    """So many steps, each on so many texts of so many tokens, written by `grammar`."""
 
     steps: int
-    batch: int
+    rows: int
     length: int
+    grammar: Grammar = field(default_factory=Grammar)
+
+    def __post_init__(self) -> None:
+        for name, value, low in (("steps", self.steps, 1), ("rows", self.rows, 1), ("length", self.length, 2)):
+            if value < low:
+                raise ValueError(f"{name} of a stage must be at least {low}, not {value}")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model of the zoo is made. `make(seed)` builds it untrained."""
+    """How one model of the zoo is made. `make(seed)` builds it untrained, `about` says what it is for."""
 
     make: Callable[[int], Decoder]
     about: str
@@ -59,43 +70,43 @@ class Recipe:
     warmup: int = 100
     decay: float = 0.1
     seed: int = 0
+    grammar: Grammar = field(default_factory=Grammar)
 
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    def text(self, at: int) -> Batch:
+        """The texts of step `at`: a function of the seed and the step alone, so that any step can be done again."""
+        left = at
+        for stage in self.stages:
+            if left < stage.steps:
+                return batch(stage.grammar, seed=self.seed, step=at, rows=stage.rows, length=stage.length)
+            left -= stage.steps
+        raise ValueError(f"step must be below {self.steps}, not {at}")
+
+    def rate_at(self, at: int) -> float:
+        """The learning rate of step `at`: straight up, then a cosine down to a tenth."""
+        up = min(1.0, (at + 1) / self.warmup)
+        return self.rate * up * (0.55 + 0.45 * math.cos(math.pi * at / self.steps))
+
 
 RECIPES: dict[str, Recipe] = {
-    "toy": Recipe(lambda seed: Decoder(TOY, seed=seed), "softmax attention, as many key heads as query heads (MHA)"),
+    "toy": Recipe(lambda seed: Decoder(TOY, seed=seed), "softmax attention with a key head for every query head (MHA)"),
 }
 
 
-def recipe(name: str) -> Recipe:
-    try:
-        return RECIPES[name]
-    except KeyError:
-        raise ValueError(f"there is no recipe called {name!r}; there are {', '.join(RECIPES)}") from None
+def find(name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError, naming what there is."""
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}: take one of {', '.join(RECIPES)}")
+    return RECIPES[name]
 
 
 def build(name: str) -> Decoder:
     """The model of that name, untrained."""
-    made = recipe(name)
-    return made.make(made.seed)
-
-
-def batches(recipe: Recipe, *, start: int = 0) -> Iterator[Tensor]:
-    """Token ids [B, T] of each step from `start` on. A text's seed is its place in the order, so any step can be redone."""
-    first = 0
-    for stage in recipe.stages:
-        for at in range(max(first, start), first + stage.steps):
-            yield batch(Grammar(), seed=recipe.seed, step=at, rows=stage.batch, length=stage.length).ids
-        first += stage.steps
-
-
-def rate_at(recipe: Recipe, at: int) -> float:
-    """The learning rate of step `at`: straight up, then a cosine down to a tenth."""
-    up = min(1.0, (at + 1) / recipe.warmup)
-    return recipe.rate * up * (0.55 + 0.45 * math.cos(math.pi * at / recipe.steps))
+    recipe = find(name)
+    return recipe.make(recipe.seed)
 
 
 def train(
@@ -104,65 +115,80 @@ def train(
     *,
     progress: Progress | None = None,
     folder: Path | None = None,
+    resume: bool = True,
     every: float = 60.0,
-) -> list[float]:
-    """Train `model` in place; returns the loss of each step made here. With `folder`, goes on from its checkpoint and
-    writes one about every `every` seconds. Whatever ends it early (an on_step that raises, Ctrl-C) loses at most those."""
+) -> float:
+    """Train `model` in place on its own device; returns the seconds that it took, earlier tries included.
+
+    With `folder`, a checkpoint is written there about every `every` seconds and at the end, and `resume` goes on from
+    the one that is there. Whatever stops it early (a recorder's on_step that raises, Ctrl-C) loses no more than that.
+    """
     model.train().requires_grad_(True)
-    plain = [p for p in model.parameters() if p.dim() < 2]
     matrices = [p for p in model.parameters() if p.dim() >= 2]
-    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": plain, "weight_decay": 0.0}]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
-    start = _resume(folder, model, optimiser, recipe) if folder is not None else 0
-    device, saved, losses = next(model.parameters()).device, time.monotonic(), []
-    for at, ids in enumerate(batches(recipe, start=start), start):
+    start, before = _resume(folder, model, optimiser, recipe) if folder is not None and resume else (0, 0.0)
+    device = next(model.parameters()).device
+    began = saved = time.monotonic()
+    for at in range(start, recipe.steps):
+        texts = recipe.text(at)
         for group in optimiser.param_groups:
-            group["lr"] = rate_at(recipe, at)
-        ids = ids.to(device)
-        logits = model(ids[:, :-1])  # B T-1 V
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            group["lr"] = recipe.rate_at(at)
+        ids = texts.ids.to(device)
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        losses.append(loss.item())
-        tap(LOSS, losses[-1], "")
-        tap(RATE, rate_at(recipe, at), "")
-        if progress is not None:
-            progress(at + 1, recipe.steps, losses[-1])
-        if folder is not None and (time.monotonic() - saved > every or at + 1 == recipe.steps):
-            _checkpoint(folder, model, optimiser, recipe, at + 1)
-            saved = time.monotonic()
+        now = time.monotonic()
+        if folder is not None and (now - saved > every or at + 1 == recipe.steps):
+            _checkpoint(folder, model, optimiser, recipe, at + 1, before + now - began)
+            saved = now
+        tap(LOSS, loss, "")
+        tap(FLOOR, math.log(texts.floor), "")
+        tap(RATE, recipe.rate_at(at), "")
         step()
+        if progress is not None:
+            progress(at + 1, recipe.steps, loss.item())
     model.eval().requires_grad_(False)
-    return losses
+    return before + time.monotonic() - began
 
 
 def _identity(recipe: Recipe) -> str:
-    facts = [[asdict(stage) for stage in recipe.stages], recipe.rate, recipe.warmup, recipe.decay, recipe.seed]
-    return json.dumps(facts, sort_keys=True)
+    """What must agree for a checkpoint to be of this recipe: the plan, and the very text of its first step."""
+    facts = [[asdict(s) for s in recipe.stages], recipe.rate, recipe.warmup, recipe.decay, recipe.seed]
+    return json.dumps([*facts, data_digest(recipe)], sort_keys=True)
 
 
-def _checkpoint(folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, recipe: Recipe, at: int) -> None:
+def data_digest(recipe: Recipe) -> str:
+    """A hash of the texts of the first step: any change to the grammar or its words changes it."""
+    return hashlib.sha256(recipe.text(0).ids.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _checkpoint(
+    folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, recipe: Recipe, at: int, seconds: float
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for i, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{i}.{name}": value for name, value in state.items()}
     draft = folder / "checkpoint.part"
-    save_file(tensors, draft, metadata={"recipe": _identity(recipe), "step": str(at)})
-    draft.replace(folder / "checkpoint.safetensors")
+    facts = {"recipe": _identity(recipe), "step": str(at), "seconds": str(seconds)}
+    save_file(tensors, draft, metadata=facts)
+    draft.replace(folder / "checkpoint.safetensors")  # at once, so that a crash leaves the old one whole
 
 
-def _resume(folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, recipe: Recipe) -> int:
-    """Load the checkpoint in `folder`, if it is of this recipe; the step to go on with."""
-    path = folder / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    with safe_open(str(path), "pt") as file:
-        facts = file.metadata()
-        if facts["recipe"] != _identity(recipe):
-            return 0
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def _resume(folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, recipe: Recipe) -> tuple[int, float]:
+    """Load the checkpoint in `folder`, if there is a whole one of this recipe: the step to go on with, and seconds."""
+    try:
+        with safe_open(str(folder / "checkpoint.safetensors"), "pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("recipe") != _identity(recipe):
+                return 0, 0.0
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError):
+        return 0, 0.0
     model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -170,50 +196,73 @@ def _resume(folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, reci
             _, i, key = name.split(".")
             state.setdefault(int(i), {})[key] = tensor
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return int(facts["step"])
+    return int(facts["step"]), float(facts["seconds"])
 
 
 @torch.inference_mode()
-def measure(model: Decoder, *, length: int = 256, rows: int = 64) -> dict[str, float]:
-    """Perplexity against the exact floor on texts never seen, and the share of determined words that are right."""
+def measure(model: Decoder, grammar: Grammar, *, rows: int = 64, length: int = 256) -> dict[str, float]:
+    """Perplexity, its exact floor on the same texts, and the share of questions' words that come first.
+
+    The texts are never seen in training. A question counts wherever it stands, so some are asked right after the fact.
+    """
     device = next(model.parameters()).device
-    test = batch(Grammar(), seed=0, step=0, rows=rows, length=length, stream="test")
+    test = batch(grammar, seed=0, step=0, rows=rows, length=length, stream="test")
     nats, right = 0.0, 0
     for ids, answers in zip(test.ids.split(16), test.answers.split(16), strict=True):
         logp = model(ids[:, :-1].to(device)).float().log_softmax(-1).cpu()  # B T-1 V
         nats -= float(logp.gather(-1, ids[:, 1:, None]).double().sum())
         right += int((logp.argmax(-1) == ids[:, 1:])[answers[:, 1:]].sum())
-    return {
-        "perplexity": math.exp(nats / (rows * (length - 1))),
-        "floor": test.floor,
-        "recall": right / int(test.answers.sum()),
-    }
+    loss = nats / (rows * (length - 1))
+    recall = right / max(1, int(test.answers.sum()))
+    return {"loss": loss, "perplexity": math.exp(loss), "floor": test.floor, "recall": recall}
 
 
-def train_to_assets(name: str, *, folder: Path, work: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Make the model called `name` again, into `folder`/`name`.safetensors, and enter it in the manifest there."""
-    made = recipe(name)
-    began = time.monotonic()
+def figures(model: Decoder, grammar: Grammar) -> dict[str, float]:
+    """What the manifest says of a model: `measure` on the whole grammar, and recall in each kind of story."""
+    parts = {f"recall_{kind}": measure(model, grammar.only(kind))["recall"] for kind in ASKING}
+    return {key: round(value, 4) for key, value in {**measure(model, grammar), **parts}.items()}
+
+
+def train_to_assets(
+    name: str, *, folder: Path, work: Path, progress: Progress | None = None, resume: bool = True
+) -> dict[str, Any]:
+    """Make the model called `name` into `folder`/`name`.safetensors, keeping checkpoints under `work`; returns its
+    entry in the manifest. Weights are stored in float16, and the figures are those of what is stored."""
+    recipe = find(name)
     device = hardware.device()
-    model = made.make(made.seed).to(device)
-    losses = train(model, made, progress=progress, folder=work / name)
-    entry = {
-        "recipe": name,
-        "about": made.about,
-        "shape": asdict(model.shape),
-        "seed": made.seed,
-        "steps": made.steps,
-        "tokens": sum(stage.steps * stage.batch * stage.length for stage in made.stages),
-        "loss": round(sum(losses[-50:]) / max(1, len(losses[-50:])), 4),
-        **{key: round(value, 4) for key, value in measure(model).items()},
-        "seconds": round(time.monotonic() - began),
-        "device": str(device),
-    }
+    model = recipe.make(recipe.seed).to(device)
+    seconds = train(model, recipe, progress=progress, folder=work / name, resume=resume)
+    stored = {key: value.half().cpu().contiguous() for key, value in model.state_dict().items()}
+    model.load_state_dict({key: value.float() for key, value in stored.items()})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
-    save_file({n: t.half().cpu().contiguous() for n, t in model.state_dict().items()}, path)
-    entry |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    save_file(stored, path)
+    entry = {
+        "recipe": name,
+        "about": recipe.about,
+        "shape": asdict(model.shape),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "tokens": sum(stage.steps * stage.rows * stage.length for stage in recipe.stages),
+        **figures(model, recipe.grammar),
+        "seconds": round(seconds),
+        "device": str(device),
+        "code": _version(),
+        "data": data_digest(recipe),
+        "sha256": sha256(path),
+        "bytes": path.stat().st_size,
+    }
     manifest = folder / "manifest.json"
-    entries = json.loads(manifest.read_text()) if manifest.exists() else {}
-    manifest.write_text(json.dumps({**entries, name: entry}, indent=1, sort_keys=True) + "\n")
+    entries = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+    draft = folder / "manifest.part"
+    draft.write_text(json.dumps({**entries, name: entry}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    draft.replace(manifest)
     return entry
+
+
+def _version() -> str:
+    try:
+        return version("leanscope")
+    except PackageNotFoundError:
+        return "unknown"

@@ -161,43 +161,27 @@ def _speed(recording: Recording) -> Finding:
     return Finding(measured, "agrees" if faster else "differs", why, filled)
 
 
+# fmt: off
 CLAIMS = (
     Claim(
-        "One layer of attention costs 3NDH + N²H + N²H + NHD multiplications",
-        "post",
-        "3NDH + N²H + N²H + NHD",
-        "formula",
-        _matmuls,
-        "multiplications",
+        "One layer of attention costs 3NDH + N²H + N²H + NHD multiplications", "post", "3NDH + N²H + N²H + NHD",
+        "formula", _matmuls, "multiplications",
     ),
     Claim(
-        "Keeping keys and values turns O(N³) into O(N²) over a whole generation",
-        "post",
-        "slope of log count over log N",
-        "3 → 2",
-        _growth,
+        "Keeping keys and values turns O(N³) into O(N²) over a whole generation", "post",
+        "slope of log count over log N", "3 → 2", _growth,
     ),
     Claim(
-        "The cache holds batch · tokens · heads · layers · head width · 2 values",
-        "lecture",
-        "B·N·H·L·d·2",
-        "formula",
-        _values,
-        "values",
+        "The cache holds batch · tokens · heads · layers · head width · 2 values", "lecture", "B·N·H·L·d·2",
+        "formula", _values, "values",
     ),
     Claim(
-        "At 32 layers, 32 heads of 128 in fp32 a token costs about 2 MB, and 80 GB hold 4,000",
-        "post",
-        "2·L·H·d·4 B",
-        "2 MB, 4,000 tokens",
-        _post_size,
+        "At 32 layers, 32 heads of 128 in fp32 a token costs about 2 MB, and 80 GB hold 4,000", "post", "2·L·H·d·4 B",
+        "2 MB, 4,000 tokens", _post_size,
     ),
     Claim(
-        "Reading the prompt is one pass; then each token waits for its own",
-        "primer",
-        "time to first token; time a token",
-        "two phases",
-        _speed,
+        "Reading the prompt is one pass; then each token waits for its own", "primer",
+        "time to first token; time a token", "two phases", _speed,
     ),
 )
 
@@ -205,68 +189,46 @@ BEATS = (
     Beat(
         "A language model has read a prompt. Its answer comes one token at a time: ==the darkest bar|next== is the "
         "likeliest, and it is added to ==the text|text==. Then everything starts again, with one token more.",
-        scene="write",
-        step=0,
-        notes="Let it write two or three tokens by hand with the step button.",
+        scene="write", step=0, notes="Let it write two or three tokens by hand with the step button.",
     ),
     Beat(
         "To choose a token, each one looks back at those before it. ==A row of the matrix|attention== is one token, "
         "looking: the darker a cell, the more it takes from there. The prompt’s {prompt_tokens} rows came **at once**; "
-        "from then on each step adds one.",
-        scene="write",
-        step="half",
-        play=True,
-        focus="attention",
+        "from then on each step adds one.", scene="write", step="half", play=True, focus="attention",
     ),
     Beat(
-        "Click any cell of the matrix. It is a [[query]] times a [[key]], a scale and a [[softmax]]: with the numbers of "
-        "this very run.",
-        scene="write",
-        focus="attention",
-        do=Do("Open a cell’s arithmetic", cell="attention"),
+        "Click any cell of the matrix. It is a [[query]] times a [[key]], a scale and a [[softmax]]: with the numbers "
+        "of this very run.", scene="write", focus="attention", do=Do("Open a cell’s arithmetic", cell="attention"),
     ),
     Beat(
         "Now look at what is new. A token’s key and value depend only on the tokens before it, so they never change: "
         "==the dim rows|keys== were computed earlier. Only ==the lit one|values== is new. A model that forgot them "
-        "would have to compute every row again.",
-        scene="parts",
-        step="half",
-        focus="keys",
+        "would have to compute every row again.", scene="parts", step="half", focus="keys",
     ),
     Beat(
-        "How much does remembering save? Count the multiplications for the whole text.",
-        scene="cost",
-        step="last",
+        "How much does remembering save? Count the multiplications for the whole text.", scene="cost", step="last",
         predict=Predict(
             "Writing {new_tokens} tokens after {prompt_tokens}: how many times fewer multiplications when keys and "
-            "values are kept?",
-            (2, 6, 25, 100),
-            "saving",
-            format=".1f",
-            unit="×",
+            "values are kept?", (2, 6, 25, 100), "saving", format=".1f", unit="×",
         ),
     ),
     Beat(
         "{saving:.1f} times fewer. ==Without|work== the cache the sum curves upwards, since each step costs as much as "
         "all that came before; with it, it is almost a straight line. Memory is what it costs: ==the strip|cache== "
-        "grows by {bytes_a_token:,.0f} bytes with every token, in a straight line too.",
-        scene="cost",
-        step="last",
+        "grows by {bytes_a_token:,.0f} bytes with every token, in a straight line too.", scene="cost", step="last",
         focus="work",
     ),
     Beat(
         "Switch **Keep keys and values** off and run it. The words stay the same to the letter; every row is lit, and "
-        "each token takes longer than the last.",
-        scene="parts",
-        do=Do("Turn the cache off", knob="cache"),
+        "each token takes longer than the last.", scene="parts", do=Do("Turn the cache off", knob="cache"),
     ),
     Beat(
         "Break it: write a longer prompt, raise the temperature, change the model. Can you find a case where the "
         "answer with the cache differs from the one without? If you do, we have a bug: tests hold them equal.",
-        scene="write",
-        step="last",
+        scene="write", step="last",
     ),
 )
+# fmt: on
 
 GLOSSARY = {
     "query": "What a token asks of those before it: a vector made from its state by a learned matrix.",
@@ -275,52 +237,35 @@ GLOSSARY = {
 }
 
 HERE = {"layer": knob("layer"), "batch": 0}
+# fmt: off
 ATTENTION = Heatmaps(
-    name="attention",
-    title="Who looks at whom",
-    span=7,
-    tensor=of("attention.pattern", **HERE),
-    rows="query",
-    columns="key",
-    facet="head",
-    focus=knob("head"),
-    colours="attention",
-    row_labels="tokens",
-    column_labels="tokens",
+    name="attention", title="Who looks at whom", span=7, tensor=of("attention.pattern", **HERE), rows="query",
+    columns="key", facet="head", focus=knob("head"), colours="attention", row_labels="tokens", column_labels="tokens",
     cell=attention_cell,
 )
+# fmt: on
 
 
 def _part(name: str, title: str, colour: str, **more: Any) -> Heatmaps:
     """Queries, keys or values of the layer: a row a token, lit where this step computed it."""
     rows = "query" if name == "queries" else "key"
-    return Heatmaps(
-        name=name,
-        title=title,
-        span=4,
-        rows=rows,
-        columns="width",
-        facet="head",
-        colours=colour,
-        row_labels="tokens",
-        lit=of(FIRST),
-        **more,
-    )
+    shared = {"columns": "width", "facet": "head", "row_labels": "tokens", "lit": of(FIRST), "span": 4}
+    return Heatmaps(name=name, title=title, rows=rows, colours=colour, **shared, **more)
 
 
+# fmt: off
+CACHE = Strip(
+    "Keys and values", of(SLOTS), detail="{slots} tokens, in every layer", number=of(BYTES), number_label="bytes",
+    number_format=",.0f",
+)
 SCENES = (
     Scene(
         "write",
         (
-            Tokens(name="text", title="The text, as it is written", fold=False),
-            ATTENTION,
+            Tokens(name="text", title="The text, as it is written", fold=False), ATTENTION,
             Bars(
-                name="next",
-                title="What comes next",
-                span=5,
-                values=of("next.top.probability"),
-                labels=of("next.top.ids"),
-                colour="recent",
+                name="next", title="What comes next", span=5, values=of("next.top.probability"),
+                labels=of("next.top.ids"), colour="recent",
             ),
         ),
     ),
@@ -330,64 +275,33 @@ SCENES = (
             _part("queries", "Queries", "query", tensor=of("attention.q", **HERE), focus=knob("head")),
             _part("keys", "Keys, kept", "key", tensor=of("attention.k", **HERE)),
             _part("values", "Values, kept", "value", tensor=of("attention.v", **HERE)),
-            Slots(
-                name="slots",
-                title="The cache",
-                strips=(
-                    Strip(
-                        "Keys and values",
-                        of(SLOTS),
-                        detail="{slots} tokens, in every layer",
-                        number=of(BYTES),
-                        number_label="bytes",
-                        number_format=",.0f",
-                    ),
-                ),
-            ),
+            Slots(name="slots", title="The cache", strips=(CACHE,)),
         ),
     ),
     Scene(
         "cost",
         (
             Curves(
-                name="work",
-                title="Multiplications so far",
-                span=7,
+                name="work", title="Multiplications so far", span=7,
                 lines=(
                     Line("computing all again", of(REREAD), colour="alarm"),
                     Line("keeping keys and values", of(KEPT), colour="recent"),
                 ),
-                x_label="new token",
-                y_label="multiplications",
-                format=".2s",
+                x_label="new token", y_label="multiplications", format=".2s",
             ),
             Numbers(
-                name="clock",
-                title="Measured in this run",
-                span=5,
+                name="clock", title="Measured in this run", span=5,
                 numbers=(
                     Number("This step", of(MS), unit="ms", format=",.0f"),
                     Number("Positions computed", of("work.rows"), colour="recent"),
                     Number("Cache", of(BYTES), unit="bytes"),
                 ),
             ),
-            Slots(
-                name="cache",
-                title="The cache",
-                strips=(
-                    Strip(
-                        "Keys and values",
-                        of(SLOTS),
-                        detail="{slots} tokens, in every layer",
-                        number=of(BYTES),
-                        number_label="bytes",
-                        number_format=",.0f",
-                    ),
-                ),
-            ),
+            Slots(name="cache", title="The cache", strips=(CACHE,)),
         ),
     ),
 )
+# fmt: on
 
 
 def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
@@ -395,24 +309,13 @@ def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
     return {name: {} for name in (*sites, "next.*", "work.*", "decode.*")}
 
 
+# fmt: off
 LESSON = Lesson(
-    slug="decode",
-    title="One token at a time",
-    question="Why does a language model reread everything to say one more word?",
-    part="Where the time goes",
-    order=1,
-    sources=("post", "lecture", "primer"),
-    knobs=Turn,
-    run=run,
-    keep=keep,
-    beats=BEATS,
-    scenes=SCENES,
-    claims=CLAIMS,
+    slug="decode", title="One token at a time",
+    question="Why does a language model reread everything to say one more word?", part="Where the time goes", order=1,
+    sources=("post", "lecture", "primer"), knobs=Turn, run=run, keep=keep, beats=BEATS, scenes=SCENES, claims=CLAIMS,
     code=("engine.generate:generate", "engine.mixers.softmax:attention_scores", "engine.caches.full:Full"),
-    looks=frozenset({"layer", "head"}),
-    bounded_by={"layer": "layers", "head": "heads"},
-    facts=facts,
-    marks=marks,
-    glossary=GLOSSARY,
-    step_word="token",
+    looks=frozenset({"layer", "head"}), bounded_by={"layer": "layers", "head": "heads"}, facts=facts, marks=marks,
+    glossary=GLOSSARY, step_word="token",
 )
+# fmt: on

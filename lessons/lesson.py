@@ -142,6 +142,7 @@ class Lesson:
     marks: Callable[[Recording], list[Mark]] = _no_marks
     glossary: Mapping[str, str] = field(default_factory=dict)
     step_word: str = "step"
+    footnote: str = ""  # under the claim table: whose numbers the reported ones are
     budget: int = 20_000_000
     seconds: float = 120.0  # a run that takes longer is stopped, and shows what it has
     trains: bool = False  # its run needs gradients; other runs are executed in torch's inference mode

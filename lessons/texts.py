@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 LIGHTHOUSE = """\
 The lighthouse at the end of the bay had been dark for eleven years when Marta found the key. It was lying in a \
 drawer of her grandmother's kitchen table, wrapped in a piece of blue cloth, and it was heavier than it looked. She \

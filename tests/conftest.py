@@ -15,8 +15,16 @@ settings.load_profile("leanscope")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker drives the browser, one page at a time: two at once on two cores would only wait for each other."""
+    """Marks what uses the browser or the real model, so that the quick check leaves it out.
+
+    One worker drives the browser, one page at a time: two at once on two cores would only wait for each other.
+    """
     for item in items:
+        used = getattr(item, "fixturenames", ())
+        if "smollm2" in used:
+            item.add_marker("real")
+        if "chromium" in used:
+            item.add_marker("browser")
         if item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.xdist_group("browser"))
 

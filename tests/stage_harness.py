@@ -363,9 +363,8 @@ CELL = {
 }
 
 
-def messages(name: str) -> Iterator[dict[str, Any]]:
+def messages(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What the server would send for the page: picture, rows, text, facts."""
-    page = PAGES[name]
     recording = page["make"]()
     sent: list[dict[str, Any]] = []
     Feed(sent.append).show("r1", recording, page["scene"], page["knobs"]())
@@ -381,9 +380,9 @@ def messages(name: str) -> Iterator[dict[str, Any]]:
     yield {"type": "facts", "run": "r1", "facts": page["facts"], "marks": page["marks"], "claims": claims}
 
 
-def saved(name: str) -> dict[str, Any]:
-    """A lesson's page as data, for app/stage/standin.js."""
-    page = PAGES[name]
+def saved(name: str, page: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A lesson's page as data, for app/stage/standin.js; `page` as in PAGES."""
+    page = page or PAGES[name]
     menu = [{"slug": n, "title": n, "part": p["part"], "order": p["order"], "href": f"{n}.html"} for n, p in PAGES.items()]
     source = Path(FOLDER.parents[1] / "engine" / "caches" / "full.py").read_text()
     lines = [i for i, line in enumerate(source.splitlines(), 1) if "self." in line][:3]
@@ -408,7 +407,7 @@ def saved(name: str) -> dict[str, Any]:
         },
         "start": {"knobs": page["knobs"]().values(), "beat": 0, "step": None, "notices": [], "present": False},
         "places": {"fonts": "", "home": "index.html"},
-        "messages": list(messages(name)),
+        "messages": list(messages(page)),
         "answers": {
             '["code",null,null]': {"type": "code", "sources": [code]},
             '["tensors",null,null]': _tensors(),

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,9 @@ def serving(
         process = subprocess.Popen(command, cwd=ROOT, env=environment(cache, env), stdout=out, stderr=out, text=True)
     try:
         deadline = time.monotonic() + seconds
-        while not (found := re.search(r"(?:is at|running at:) (http://\S+?)(?:/site)?/?(?: |$)", log.read_text(), re.M)):
+        while not (
+            found := re.search(r"(?:is at|running at:) (http://\S+?)(?:/site)?/?(?: |$)", log.read_text(), re.M)
+        ):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start:\n{log.read_text()}")
             time.sleep(0.05)
@@ -105,6 +107,7 @@ class Visitor:
             headers={"Origin": origin or f"http://{parts.netloc}"},
         )
         socket = await websocket_connect(request, subprotocols=["bokeh", item["token"]])
+        SOCKETS.append(socket)
         visitor = cls(socket, item["root"], {})
         assert (await visitor._message())["header"]["msgtype"] == "ACK"
         visitor._send("PULL-DOC-REQ", {})
@@ -156,6 +159,26 @@ class Visitor:
             self.closed = True
             raise ConnectionError(f"closed with {self.socket.close_code}: {self.socket.close_reason}")
         return fragment
+
+
+SOCKETS: list[WebSocketClientConnection] = []
+
+
+def tried(story: Callable[[], Awaitable[None]]) -> None:
+    """Run what visitors do, and see them off."""
+
+    async def whole() -> None:
+        try:
+            await story()
+        finally:
+            for socket in SOCKETS:
+                socket.close()
+            end = time.monotonic() + 2
+            while any(socket.protocol is not None for socket in SOCKETS) and time.monotonic() < end:
+                await asyncio.sleep(0.01)
+            SOCKETS.clear()
+
+    asyncio.run(whole())
 
 
 def encoded(value: Any) -> Any:

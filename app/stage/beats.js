@@ -63,7 +63,8 @@ export function createBeats(lesson, { player, knobs, light, showScene, tip, chan
     parts.forEach((part) => part.fill(facts));
     dashes.forEach((dash, i) => {
       dash.classList.toggle("past", i < index);
-      dash.toggleAttribute("aria-current", i === index);
+      if (i === index) dash.setAttribute("aria-current", "step");
+      else dash.removeAttribute("aria-current");
     });
     back.disabled = index === 0;
     next.disabled = index === beats.length - 1;

@@ -74,10 +74,23 @@ export function curves(host, spec, context) {
       state = wanted;
       plot = lay();
     }
-    if (!plot) return false;
+    if (!plot) return waiting();
     paint();
     canvas.setAttribute("aria-label", describe());
     return true;
+  };
+
+  /** Nothing to draw yet: say when there will be. */
+  const waiting = () => {
+    const pen = sized(canvas, Math.max(1, host.clientWidth), context.height || PLOT_HEIGHT);
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    pen.font = `13px ${context.fonts.text}`;
+    pen.fillStyle = context.colours.role("muted");
+    pen.textAlign = "center";
+    const text = spec.start ? `starts at ${spec.x_label || "step"} ${spec.start + 1}` : "nothing yet";
+    pen.fillText(text, host.clientWidth / 2, PLOT_HEIGHT / 2);
+    canvas.setAttribute("aria-label", `${spec.title || spec.y_label}: ${text}`);
+    return false;
   };
 
   const cursorX = () => {

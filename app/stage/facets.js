@@ -14,9 +14,11 @@ const LONGEST_SIDE = 260; // how tall a stretched one gets: its rows need not be
 export function arrange(shape, room, { focus = null, single = false, margin, stretch = false, most = 34 }) {
   const { facets } = shape;
   if (facets === 1 || single) return alone(shape, room, margin, stretch, most, focus ?? 0);
-  if (focus === null) return alike(shape, room, allOf(facets), 0, 0);
+  const lay = stretch ? filling : alike;
+  if (focus === null) return lay(shape, room, allOf(facets), 0, 0);
   const others = allOf(facets).filter((f) => f !== focus);
-  return room.width < 460 ? stacked(shape, room, focus, others, margin) : beside(shape, room, focus, others, margin);
+  if (stretch || room.width < 460) return stacked(shape, room, focus, others, margin, lay, stretch);
+  return beside(shape, room, focus, others, margin);
 }
 
 function allOf(count) {
@@ -62,6 +64,23 @@ function alike(shape, room, list, left, top) {
   return { width: room.width, height: top + down * (cell * shape.rows + GAP + NAME), boxes };
 }
 
+/** All of one size, as wide as the room: cells need not be square. A few stand one under the other. */
+function filling(shape, room, list, left, top) {
+  const across = list.length <= 4 ? 1 : list.length <= 12 ? 4 : 8;
+  const down = Math.ceil(list.length / across);
+  const width = (room.width - left - GAP * (across - 1)) / across;
+  const height = Math.max(24, Math.min(96, (LONGEST_SIDE * 1.2) / down - NAME - GAP));
+  const boxes = list.map((facet, n) => ({
+    facet,
+    x: left + (n % across) * (width + GAP),
+    y: top + NAME + Math.floor(n / across) * (height + GAP + NAME),
+    cw: whole(width / shape.columns),
+    ch: whole(height / shape.rows),
+    large: false,
+  }));
+  return { width: room.width, height: top + down * (height + GAP + NAME), boxes };
+}
+
 function beside(shape, room, focus, others, margin) {
   const share = others.length > 12 ? 0.5 : 0.6;
   const cell = whole(Math.min((room.width * share - margin.left) / shape.columns, (room.height - margin.top) / shape.rows), 30);
@@ -72,10 +91,11 @@ function beside(shape, room, focus, others, margin) {
   return { width: room.width, height: Math.max(height, small.height - GAP) + 4, boxes: [large, ...small.boxes] };
 }
 
-function stacked(shape, room, focus, others, margin) {
-  const cell = whole((room.width - margin.left) / shape.columns, 30);
-  const large = { facet: focus, x: margin.left, y: margin.top, cw: cell, ch: cell, large: true };
-  const top = margin.top + cell * shape.rows + GAP;
-  const small = alike(shape, { width: room.width, height: 230 }, others, 0, top);
+function stacked(shape, room, focus, others, margin, lay, stretch) {
+  const cw = whole((room.width - margin.left) / shape.columns, 30);
+  const ch = stretch ? whole(LONGEST_SIDE / 1.5 / shape.rows) : cw;
+  const large = { facet: focus, x: margin.left, y: margin.top, cw, ch, large: true };
+  const top = margin.top + ch * shape.rows + GAP;
+  const small = lay(shape, { width: room.width, height: 230 }, others, 0, top);
   return { width: room.width, height: small.height, boxes: [large, ...small.boxes] };
 }

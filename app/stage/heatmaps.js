@@ -49,6 +49,7 @@ export function heatmaps(host, spec, context) {
     plan = arrange(matrix, { width, height: tallest }, { focus: focus(), single: context.single, margin, stretch: !square });
     pen = sized(canvas, plan.width, plan.height);
     pen.clearRect(0, 0, plan.width, plan.height);
+    canvas.dataset.boxes = JSON.stringify(plan.boxes); // where cells are, for tests of pixels
     plan.boxes.forEach((box) => surround(scene(), box));
     drawn = { key, lines: 0, lit: 0, frame: -1 };
   };

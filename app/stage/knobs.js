@@ -26,7 +26,7 @@ export function createKnobs(specs, values, { send, turned }) {
     if (!field) return;
     say(field.error, text);
     field.error.hidden = !text;
-    field.input.toggleAttribute("aria-invalid", Boolean(text));
+    field.input.setAttribute("aria-invalid", String(Boolean(text)));
   };
 
   for (const spec of specs) {

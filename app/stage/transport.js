@@ -31,10 +31,14 @@ export function createTransport(player, word, hooks) {
   let marks = [];
 
   scrub.addEventListener("input", () => {
+    leap(Number(scrub.value));
+  });
+
+  const leap = (to) => {
     hooks.taken();
     player.pause();
-    player.go(Number(scrub.value));
-  });
+    player.go(to);
+  };
 
   const reach = () => Math.max(1, player.total - 1);
 
@@ -69,7 +73,7 @@ export function createTransport(player, word, hooks) {
         ticks,
         marks
           .filter((m) => m.step >= 0 && m.step <= reach())
-          .map((m) => make("span", { class: "tick", title: `${word} ${m.step + 1}: ${m.label}`, style: { left: `${(100 * m.step) / reach()}%` } })),
+          .map((m) => make("span", { class: "tick", title: `${word} ${m.step + 1}: ${m.label}`, on: { click: () => leap(m.step) }, style: { left: `${(100 * m.step) / reach()}%` } })),
       );
     },
     /** What the run is doing, in words, and a Stop button while there is something to stop. */

@@ -29,7 +29,7 @@ from engine.caches import Cache, View
 from engine.mixers.rope import Rope
 from engine.quant import check_bits, check_values
 from engine.quant.packing import pack, unpack
-from engine.recording import recording_on, site, tap
+from engine.recording import event, recording_on, site, tap
 
 KEYS = site("kv_bits.keys", "the keys as they are stored, read back", symbol="K'", grows="key")
 VALUES = site("kv_bits.values", "the values as they are stored, read back", symbol="V'", grows="key")
@@ -158,6 +158,7 @@ class Quantised(Cache):
     def _move(self, layer: int, bits: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Pack the oldest `group` tokens of the tail as long as `recent` are left; returns the rest."""
         group = self._group
+        first = self._packed[layer][0].codes.shape[0] * group if layer in self._packed else 0
         while k.shape[2] >= self._recent + group:
             pair = []
             for side, (x, along) in enumerate(zip((k, v), self._along, strict=True)):
@@ -173,6 +174,8 @@ class Quantised(Cache):
             if layer in self._packed:
                 pair = [old.joined(new) for old, new in zip(self._packed[layer], pair, strict=True)]
             self._packed[layer] = (pair[0], pair[1])
+            event("cache.pack", layer=layer, first=first, count=group, bits=bits, cache=self.name)
+            first += group
             # A copy, or the slice would keep the whole tail alive.
             k, v = k[:, :, group:].clone(), v[:, :, group:].clone()
         return k, v
@@ -184,6 +187,13 @@ class Quantised(Cache):
     def nbytes(self) -> int:
         packed = sum(part.nbytes for pair in self._packed.values() for part in pair)
         return packed + sum(t.numel() * t.element_size() for pair in self._tail.values() for t in pair)
+
+
+def token_bytes(*, bits: int, group: int, kv_heads: int, head_width: int) -> float:
+    """Bytes that a packed token takes in one layer, keys by channel and values by token: codes, and for each `group`
+    values a scale and a minimum."""
+    check_bits(bits, high=PLAIN - 1)
+    return 2 * kv_heads * head_width * (bits / 8 + 4 / group)
 
 
 def _tokens(chunks: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, S: Tensor | None = None, *, chunk: 
     y = []
     for qc, kc, vc in zip(q.split(chunk, -2), k.split(chunk, -2), v.split(chunk, -2), strict=True):
         y.append(parallel(qc, kc, vc) + qc @ S)
-        S = kc.mT @ vc
+        S = S + kc.mT @ vc
     return torch.cat(y, -2), S
 
 

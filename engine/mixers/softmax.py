@@ -94,7 +94,7 @@ def attention_scores(q: Tensor, view: View, show: int) -> Tensor:
     if view.causal and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()  # T S
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, k = q[:, :, -show:].to(wide), view.k.to(wide)
+    q, k = q[:, :, -show:].to(wide) / D**0.5, view.k.to(wide)
     if rows == B:
         scores = (q.reshape(B, G, -1, D) @ k.mT).view(B, H, show, S)
         mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., -show:, :]
@@ -103,7 +103,6 @@ def attention_scores(q: Tensor, view: View, show: int) -> Tensor:
         k = k.view(B, T, G, S, D)[:, -show:]
         scores = (q @ k.mT).view(B, show, H, S).transpose(1, 2)
         mask = mask if mask is None else mask.view(B, T, S)[:, None, -show:]
-    scores = scores / D**0.5
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 

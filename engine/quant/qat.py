@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.quant import linears, quantised
+from engine.quant import quantised
 from engine.quant.affine import Grid, choose, place, snap
 from engine.quant.integer import QuantLinear, recipe
 from engine.recording import recording_on, site, tap
@@ -149,4 +149,4 @@ def after_training(
     model: nn.Module, *, weights: Grid, activations: Grid | None = None, names: Collection[str] | None = None
 ) -> nn.Module:
     """PTQ, for comparison: the same grids put on a model that never trained with them."""
-    return quantised(model, recipe(weights=weights, activations=activations), names=names or list(linears(model)))
+    return quantised(model, recipe(weights=weights, activations=activations), names=names)

@@ -5,7 +5,8 @@ are trained on, `questions` what they are asked, `habits` what they can be taugh
 """
 
 from engine.toyland.corpus import Batch, batch
+from engine.toyland.questions import story
 from engine.toyland.stories import Grammar
 from engine.toyland.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Grammar", "Tokenizer", "batch"]
+__all__ = ["Batch", "Grammar", "Tokenizer", "batch", "story"]

@@ -31,9 +31,7 @@ class Batch:
         return float(self.nats[:, 1:].double().mean().exp())
 
 
-def batch(
-    grammar: Grammar, *, seed: int, step: int, rows: int, length: int, stream: str = "train"
-) -> Batch:
+def batch(grammar: Grammar, *, seed: int, step: int, rows: int, length: int, stream: str = "train") -> Batch:
     """`rows` texts of `length` tokens. Other streams, seeds and steps share no randomness."""
     if rows < 1 or length < 2:
         raise ValueError(f"a batch needs a row and two tokens at least, not {rows} rows of {length}")

@@ -60,6 +60,16 @@ def probability(said: str | Offer, word: str) -> float:
     return sum(weight / len(words) for weight, words in said if word in words)
 
 
+def _draw(offered: Offer, u: float) -> tuple[str, float]:
+    """The word at `u` (0 to 1) along the offer, and its surprisal: one random number a word."""
+    i = 0
+    while i + 1 < len(offered) and u >= offered[i][0]:
+        u -= offered[i][0]
+        i += 1
+    weight, group = offered[i]
+    return group[min(int(u / weight * len(group)), len(group) - 1)], math.log(len(group) / weight)
+
+
 def write(process: Process, rng: random.Random, length: int) -> Text:
     """The first `length` words of a draw from `process`, or fewer if it ends."""
     if length < 1:
@@ -69,16 +79,11 @@ def write(process: Process, rng: random.Random, length: int) -> Text:
     answers: list[bool] = []
     said = next(process)
     while True:
-        if type(said) is list:
-            u = rng.random()
-            for weight, group in said:
-                if u < weight:
-                    break
-                u -= weight
-            word = group[min(int(u / weight * len(group)), len(group) - 1)]
-            nats.append(math.log(len(group) / weight))
+        if isinstance(said, list):
+            word, cost = _draw(said, rng.random())
+            nats.append(cost)
         else:
-            word = said  # type: ignore[assignment]
+            word = said
             nats.append(0.0)
         words.append(word)
         answers.append(type(said) is Answer)

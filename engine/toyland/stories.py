@@ -14,10 +14,14 @@ has the answer, and always about the story it stands in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from engine.toyland.entropy import Answer, Offer, Process, any_of, offer
 from engine.toyland.words import COLOURS, DIGITS, NAMES, PLACES, START, THINGS, TOPIC_WORDS, TOPICS
+
+KINDS = ("home", "few", "many", "song", "secret")
+ASKING = ("home", "few", "many", "secret")  # the kinds with questions
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,19 @@ class Grammar:
         ):
             if not low <= value <= high:
                 raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+        if min(self.weights.values()) < 0 or not sum(self.weights.values()):
+            raise ValueError(f"the weights of the kinds must be 0 or more and not all 0, not {self.weights}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {kind: getattr(self, kind) for kind in KINDS}
+
+    def only(self, kind: str) -> Grammar:
+        """The same words, and only that kind of story."""
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        weights: dict[str, Any] = {**dict.fromkeys(KINDS, 0.0), kind: 1.0}
+        return replace(self, **weights)
 
 
 def text(grammar: Grammar) -> Process:
@@ -66,8 +83,8 @@ def text(grammar: Grammar) -> Process:
 
 def say(words: str) -> Process:
     """Words that must come."""
-    for word in words.split():
-        yield word  # not `yield from`: a list takes no word back
+    for word in words.split():  # noqa: UP028  a list takes no word back, so `yield from` would not do
+        yield word
 
 
 def filler(scene: tuple[str, str, str], actor: str | None = None) -> Process:
@@ -129,8 +146,7 @@ def song(grammar: Grammar, *, count: int | None = None) -> Process:
     end = offer((0.3, ["again"]), (0.7, ["."]))
     while True:
         yield ":"
-        for word in words:
-            yield Answer(word)
+        yield from say(" ".join(words))
         if (yield end) == ".":
             return
 
@@ -199,9 +215,10 @@ def home(grammar: Grammar) -> Process:
         elif start == "where":
             yield "is"
             who = yield offer((0.5, tuple(where)), (0.5, ["the"] if laid else []))
-            thing = (yield from _which(colour, laid)) if who == "the" else None
+            if who == "the":
+                who = yield from _which(colour, laid)
             yield from say("? in the")
-            yield Answer(lies[thing] if thing else where[who])
+            yield Answer(where[who] if who in where else lies[who])
             yield "."
         elif start == "who":
             yield from say("has the")

@@ -26,7 +26,7 @@ class Tokenizer:
         ids = []
         for word in _PARTS.findall(text.lower()):
             if word not in self.ids:
-                raise ValueError(f"Toyland has no word {word[:40]!r}: it knows {self.size}, such as anna, ball or attic")
+                raise ValueError(f"Toyland has no word {word[:40]!r}: try anna, ball or attic")
             ids.append(self.ids[word])
         return ids
 

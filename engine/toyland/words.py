@@ -5,21 +5,25 @@ The order is part of the trained models (a word's id is its row of the embedding
 
 from __future__ import annotations
 
+
+def _of(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 START = "<s>"  # every text begins with it
-NAMES = tuple(
-    "anna ben cora dan ella finn gus hana ivan jill kai lena max nora otto pia quinn rosa sam tess ugo vera will "
-    "zoe".split()
+NAMES = _of(
+    "anna ben cora dan ella finn gus hana ivan jill kai lena max nora otto pia quinn rosa sam tess ugo vera will zoe"
 )
-COLOURS = tuple("red blue green yellow white black pink brown grey orange purple golden".split())
-THINGS = tuple(
+COLOURS = _of("red blue green yellow white black pink brown grey orange purple golden")
+THINGS = _of(
     "ball kite drum lamp book cup hat key coin doll bell rope map comb ring shell spoon clock box flute vase scarf "
-    "basket button".split()
+    "basket button"
 )
-PLACES = tuple(
+PLACES = _of(
     "attic kitchen garden harbour cellar barn school market forest tower library bridge mill stable cave church "
-    "bakery station shed meadow castle beach workshop well".split()
+    "bakery station shed meadow castle beach workshop well"
 )
-DIGITS = tuple("zero one two three four five six seven eight nine".split())
+DIGITS = _of("zero one two three four five six seven eight nine")
 
 # A topic is a place with people, doings and goods of its own: "the sailor mends the net ."
 TOPICS = {
@@ -32,13 +36,13 @@ TOPICS = {
 }
 TOPIC_WORDS = tuple(word for scene in TOPICS.values() for words in scene for word in words.split())
 
-GRAMMAR = tuple(
+GRAMMAR = _of(
     "the a is in to has it on takes puts gives goes paints where who what colour code day night falls remember "
-    "few many now sing again likes says and".split()
+    "few many now sing again likes says and"
 )
-MARKS = tuple(". , ? : !".split())
+MARKS = _of(". , ? : !")
 # For fine-tuning: no text that a zoo model is trained on holds them.
-STYLE_WORDS = tuple("arr matey ahoy please thanks behold verily".split())
+STYLE_WORDS = _of("arr matey ahoy please thanks behold verily")
 
 _WORDS = (START, *MARKS, *GRAMMAR, *NAMES, *COLOURS, *THINGS, *PLACES, *DIGITS, *TOPIC_WORDS, *STYLE_WORDS)
 SIZE = 256

@@ -295,7 +295,11 @@ def test_a_closed_service_leaves_no_thread_and_refuses() -> None:
 def test_runs_have_no_gradients_unless_the_lesson_trains(runs: Runs) -> None:
     def run(knobs: Any) -> None:
         x = torch.ones(2, requires_grad=not torch.is_inference_mode_enabled())
-        tap(WAVE, torch.tensor([[[float(torch.is_inference_mode_enabled()), float((x * 2).requires_grad)]]]), "head query key")
+        tap(
+            WAVE,
+            torch.tensor([[[float(torch.is_inference_mode_enabled()), float((x * 2).requires_grad)]]]),
+            "head query key",
+        )
         step()
 
     plain_lesson = dataclasses.replace(LESSON, run=run, facts=lambda r: {}, marks=lambda r: [], claims=())
@@ -307,7 +311,10 @@ def test_runs_have_no_gradients_unless_the_lesson_trains(runs: Runs) -> None:
 def test_a_key_tells_apart_what_a_run_depends_on() -> None:
     base = key_of(LESSON, WavesKnobs())
     assert key_of(LESSON, WavesKnobs(head=2)) == base
-    assert len({base, key_of(LESSON, WavesKnobs(steps=9)), key_of(dataclasses.replace(LESSON, slug="w"), WavesKnobs())}) == 3
+    assert (
+        len({base, key_of(LESSON, WavesKnobs(steps=9)), key_of(dataclasses.replace(LESSON, slug="w"), WavesKnobs())})
+        == 3
+    )
 
 
 def test_changed_code_gives_other_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

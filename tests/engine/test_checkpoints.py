@@ -50,6 +50,21 @@ def test_a_toy_comes_back_as_it_was_trained(zoo):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_toys_shipped_in_half_precision_run_in_float32(zoo):
+    path = zoo / "tiny.safetensors"
+    save_file({name: value.half() for name, value in Decoder(SHAPE, seed=5).state_dict().items()}, path)
+    (zoo / "manifest.json").write_text(json.dumps({"tiny": entry(path)}))
+    model, _ = load("tiny", device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.embed.weight, Decoder(SHAPE, seed=5).embed.weight.half().float())
+
+
+def test_the_parts_of_a_toy_come_from_its_recipe():
+    model, tokenizer = checkpoints._toy_parts("toy")
+    assert model.shape.vocab == tokenizer.size
+    refused(lambda: checkpoints._toy_parts("unheard of"), "does not fit this version")
+
+
 def test_the_same_question_gets_the_same_instance(zoo):
     model, _ = load("tiny", device="cpu")
     assert load("tiny", device="cpu")[0] is model
@@ -106,7 +121,7 @@ def test_a_damaged_toy_is_told(zoo):
     path.write_bytes(content[:-4])
     refused(lambda: load("tiny"), "were expected: run `leanscope train tiny`.")
     assert checkpoints.available("tiny")[0] is False
-    path.write_bytes(content[:-4] + b"\x00\x00\x80\x3f")
+    path.write_bytes(content[:-4] + b"\x00\x00\x80\x40")
     refused(lambda: load("tiny"), "was altered since it was trained")
     refused(lambda: checkpoints.verify("tiny"), "was altered since it was trained")
     path.unlink()

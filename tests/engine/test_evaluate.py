@@ -36,6 +36,8 @@ class Letters:
     def encode(self, text):
         return [ord(letter) - ord(" ") for letter in text]
 
+    prompt = encode
+
     def decode(self, ids):
         return "".join(chr(token + ord(" ")) for token in ids)
 
@@ -135,6 +137,18 @@ def test_an_answer_is_right_when_greedy_decoding_says_it(model, reader, chunk):
     everything = torch.tensor(letters.encode(prompt + wrong))
     nats = evaluate.surprisal(model, everything, cache=reader())[-4:].sum()
     assert answer.nats == pytest.approx(nats.item(), rel=1e-4)
+
+
+def test_a_prompt_starts_as_the_model_expects_it(model):
+    class Starting(Letters):
+        def prompt(self, text):
+            return [7, *self.encode(text)]
+
+    prompt = Letters().decode(text(9)[0].tolist())
+    said = Letters().decode(list(generate(model, [7, *Letters().encode(prompt)], steps=3)))
+    assert evaluate.ask(model, Starting(), Question(prompt, said)).right
+    plain, started = (evaluate.passkey(t, tokens=500, depth=0.4, seed=1).fact for t in (Letters(), Starting()))
+    assert (started.start, started.stop) == (plain.start + 1, plain.stop + 1)
 
 
 def test_recall_is_the_share_of_right_answers_each_with_its_own_cache(model):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.caches.full import Full
 from engine.caches.layer_bits import assign, divergence, sensitivity
-from engine.caches.quantised import Quantised, shrink
+from engine.caches.quantised import Quantised, shrink, token_bytes
 from engine.model import Decoder, Shape
 from engine.recording import record
 
@@ -134,6 +134,8 @@ def test_every_byte_is_counted(model, bits):
     keys = packed // 8 * heads * width * 4  # scale and minimum of each channel of a chunk, two bytes each
     values = packed * heads * 4  # of each token's one group of 8 channels
     assert cache.nbytes == layers * (codes + keys + values + 2 * tail * heads * width * 8)
+    each = token_bytes(bits=bits, group=8, kv_heads=heads, head_width=width)
+    assert packed * each == codes + keys + values
 
 
 def test_fewer_bits_cost_less_and_err_more(model):
@@ -218,6 +220,9 @@ def test_taps_show_levels_read_back_and_errors(model):
     assert codes.max() == 3
     assert found.stack("kv_bits.values", layer=2).shape == (1, 2, 16, 8)
     assert np.abs(found.stack("kv_bits.value_error", layer=0)).max() > 0
+    packed = [e.fields for e in found.happened("cache.pack") if e.fields["layer"] == 1]
+    assert [e["first"] for e in packed] == [0, 4, 8, 12]
+    assert packed[0] == {"layer": 1, "first": 0, "count": 4, "bits": 2, "cache": ""}
 
 
 def test_logits_are_the_same_while_recording(model):

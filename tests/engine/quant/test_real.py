@@ -1,4 +1,4 @@
-"""On SmolLM2-135M: what per-tensor int8 breaks and what repairs it, the grid its weights lie on, its cache in few bits."""
+"""On SmolLM2-135M: what per-tensor int8 breaks and what repairs it, its weights' own grid, its cache in few bits."""
 
 import pytest
 import torch
@@ -12,28 +12,33 @@ from engine.quant.smoothquant import largest, smoothed
 
 pytestmark = pytest.mark.real
 
-TEXT = """The old lighthouse at the end of the harbour wall had not been lit for eleven years when Marta came to live in it.
-She had bought it from the council for less than the price of a small car, on the condition that she would repair
-the roof before winter and let the school children climb the stairs once a year. The first week it rained so hard
-that the water ran down the inside of the tower and gathered in the kitchen, and she slept on the table with her
-coat over her head. Then the wind turned to the north, the sky cleared, and in the morning she could see the
-islands, each one sharp and separate, as if somebody had cut them out of blue paper.
+TEXT = """
+The old lighthouse at the end of the harbour wall had not been lit for eleven years when Marta came to live in
+it. She had bought it from the council for less than the price of a small car, on the condition that she would
+repair the roof before winter and let the school children climb the stairs once a year. The first week it
+rained so hard that the water ran down the inside of the tower and gathered in the kitchen, and she slept on
+the table with her coat over her head. Then the wind turned to the north, the sky cleared, and in the morning
+she could see the islands, each one sharp and separate, as if somebody had cut them out of blue paper.
 
-Machines remember in a different way from people. A person who reads a long letter keeps the tone of it and a few
-of its sentences; a language model keeps two lists of numbers for every word, and looks through all of them each
-time it writes the next one. The lists grow as the text grows. After a few thousand words they are larger than the
-model itself, and most of the time is spent waiting for them to arrive from memory. There are several ways to make
-the lists shorter: to share them between layers, to forget what nobody looks at, or to write the numbers down with
-fewer digits. None of these is free, and the honest question is always the same: what did we lose, and would
-anybody have noticed?
+Machines remember in a different way from people. A person who reads a long letter keeps the tone of it and a
+few of its sentences; a language model keeps two lists of numbers for every word, and looks through all of
+them each time it writes the next one. The lists grow as the text grows. After a few thousand words they are
+larger than the model itself, and most of the time is spent waiting for them to arrive from memory. There are
+several ways to make the lists shorter: to share them between layers, to forget what nobody looks at, or to
+write the numbers down with fewer digits. None of these is free, and the honest question is always the same:
+what did we lose, and would anybody have noticed?
 
 In the evening she carried the lamp up the stairs, one hundred and twelve of them, and set it behind the great
-lens."""  # written for this test
+lens.
+"""  # written for this test
 
-CALIBRATION = """Rivers do not run straight because the ground is never even. Where the water meets a stone it slows, drops
-its sand, and builds a bank; on the other side it runs faster and eats the shore away. To cook rice, rinse it twice, add
-one and a half cups of water for each cup, bring it to the boil, cover it and turn the heat down as low as it goes. The
-function returns the sum of its two arguments, or raises an error if either of them is missing."""
+CALIBRATION = """
+Rivers do not run straight because the ground is never even. Where the water meets a stone it slows, drops its
+sand, and builds a bank; on the other side it runs faster and eats the shore away. To cook rice, rinse it
+twice, add one and a half cups of water for each cup, bring it to the boil, cover it and turn the heat down as
+low as it goes. The function returns the sum of its two arguments, or raises an error if either of them is
+missing.
+"""
 
 TENSOR, TOKEN, CHANNEL = (Grid(8, granularity=g) for g in ("tensor", "token", "channel"))
 
@@ -45,24 +50,24 @@ def reading(model, ids, cache=None) -> float:
 @pytest.fixture(scope="module")
 def real(smollm2):
     model, tokenizer = smollm2
-    flat = {name: torch.tensor(tokenizer.encode(" ".join(text.split(" ")))) for name, text in
-            (("text", TEXT.replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n")),
-             ("calibration", CALIBRATION.replace("\n", " ")))}  # fmt: skip
-    return model, flat["text"], flat["calibration"]
+    texts = (" ".join(text.split()) for text in (TEXT, CALIBRATION))
+    return model, *(torch.tensor(tokenizer.encode(text)) for text in texts)
 
 
 def test_per_tensor_w8a8_hurts_and_llm_int8_and_smoothquant_recover_it(real):
     model, ids, calibration = real
+    ids = ids[:192]
+    down = [name for name in linears(model) if name.endswith("down")]  # a quarter of the work, nearly all the harm
     full = reading(model, ids)
-    plain = reading(quantised(model, integer.recipe(weights=TENSOR, activations=TENSOR)), ids)
-    mixed = reading(quantised(model, llm_int8.recipe()), ids)
+    plain = reading(quantised(model, integer.recipe(weights=TENSOR, activations=TENSOR), names=down), ids)
+    mixed = reading(quantised(model, llm_int8.recipe(), names=down), ids)
     with torch.inference_mode(), capture_inputs(model) as inputs:
         model(calibration[None])
     smooth = smoothed(model, largest(inputs), down=True)
-    repaired = reading(quantised(smooth, integer.recipe(weights=CHANNEL, activations=TOKEN)), ids)
-    assert plain > 1.5 * full
-    assert mixed < 1.04 * full
-    assert repaired < 1.04 * full
+    repaired = reading(quantised(smooth, integer.recipe(weights=CHANNEL, activations=TOKEN), names=down), ids)
+    assert plain > 1.4 * full
+    assert mixed < 1.03 * full
+    assert repaired < 1.03 * full
 
 
 def test_its_weights_lie_on_a_4_bit_grid_of_groups_of_32(real):
@@ -94,9 +99,10 @@ def test_awq_s_search_never_loses_to_plain_rounding_and_outliers_sit_in_few_chan
 
 def test_its_cache_bears_two_bits_by_channel_and_token_but_not_by_tensor(real):
     model, ids, _ = real
-    ids = ids[:160]
+    ids = ids[:128]
     full = reading(model, ids)
-    kivi = Quantised(2, group=16, recent=16)
-    naive = Quantised(2, keys="tensor", values="tensor", group=16, recent=16)
-    assert reading(model, ids, kivi) < 1.2 * full or kivi.at_once is None
+    kivi = Quantised(2, group=16, recent=16, at_once=16)
+    naive = Quantised(2, keys="tensor", values="tensor", group=16, recent=16, at_once=16)
+    assert reading(model, ids, kivi) < 1.2 * full
     assert reading(model, ids, naive) > 3 * full
+    assert kivi.nbytes < 0.25 * 128 * model.shape.layers * 2 * 3 * 64 * 4  # of the plain cache in float32
