@@ -55,14 +55,16 @@ def exact(recording: Recording, tensor: Of, knobs: Knobs, *, request: Any, track
     return [{"type": "exact", "request": request, "track": track, "row": row, "data": values.reshape(-1)}]
 
 
-def cell(recording: Recording, view: View, knobs: Knobs, at: Any, *, request: Any, index: int) -> list[Message]:
-    """The arithmetic behind one cell of a view."""
+def cell(
+    recording: Recording, view: View, knobs: Knobs, at: Any, *, request: Any, index: int, step: int | None = None
+) -> list[Message]:
+    """The arithmetic behind one cell of a view, as it stands at `step`."""
     answer: Message = {"type": "cell", "request": request, "view": index}
     opener, tensor = getattr(view, "cell", None), getattr(view, "tensor", None)
     if opener is None or tensor is None:
         return [{**answer, "error": "This picture has no arithmetic behind it."}]
     found = find(recording, tensor, knobs)
-    if found is None or not isinstance(at, dict) or not _within(*found, at):
+    if found is None or not isinstance(at, dict) or not _within(*found, at, step):
         return [{**answer, "error": "There is no such cell."}]
     try:
         opened = opener(recording, knobs, dict(at))
@@ -80,15 +82,18 @@ def cell(recording: Recording, view: View, knobs: Knobs, at: Any, *, request: An
     ]
 
 
-def _within(track: Track, picks: Mapping[str, int], at: Mapping[Any, Any]) -> bool:
+def _within(track: Track, picks: Mapping[str, int], at: Mapping[Any, Any], step: int | None) -> bool:
     """Whether `at` names a cell that exists: known axes, whole positions, inside the row that it names."""
     if not at or not all(isinstance(axis, str) and whole(where, STEPS) for axis, where in at.items()):
         return False
     if not at.keys() <= {*track.axes} - {*picks}:
         return False
-    grows = track.axes[track.grow_axis] if track.grow_axis is not None else ""
-    row = next((values for _, values in track.rows(at.get(grows, 0))), None)
-    if row is None:
+    try:
+        if track.grow_axis is None:
+            row = track.latest(step)
+        else:
+            _, row = next(track.rows(at.get(track.axes[track.grow_axis], 0)))
+    except (KeyError, StopIteration):
         return False
     sizes = dict(zip((a for a in track.row_axes if a not in picks), pick(track, row, picks).shape, strict=True))
     return all(at[axis] < sizes[axis] for axis in at if axis in sizes)

@@ -81,5 +81,5 @@ def stage() -> str:
 
 def icon() -> str:
     """The name of the page's icon, "" where there is none."""
-    path = ICONS / "favicon.svg"
+    path = ICONS / "leanscope.svg"
     return publish(path) if path.is_file() else ""

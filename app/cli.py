@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lessons.lesson import Lesson
 
 PORT = 5006
+WORK = Path(__file__).parent.parent / "train"  # where a training keeps its checkpoints until it is done
 
 
 class Wrong(Exception):  # noqa: N818
@@ -177,8 +178,14 @@ def _claims(options: argparse.Namespace) -> int:
 
     chosen = [_lesson(slug) for slug in dict.fromkeys(options.slugs)] or list(all_lessons().values())
     table = []
+    failed = False
     for lesson in chosen:
-        recording = _perform(lesson, lesson.knobs())
+        try:
+            recording = _perform(lesson, lesson.knobs())
+        except Failed as error:
+            failed = True
+            _fail(error, 1)
+            continue
         _progress(f"{lesson.slug}: {recording.steps} {lesson.step_word}s\n")
         for row in runs.claims(lesson, recording):
             table.append({"lesson": lesson.slug, "claim": row.pop("text"), **row})
@@ -190,7 +197,7 @@ def _claims(options: argparse.Namespace) -> int:
             print(f"  reported {row['reported']}, measured {row['measured'] or 'nothing'} {row['unit']}".rstrip())
             print(f"  {row['formula']}")
             print(f"  {row['verdict']}{': ' if row['why'] else ''}{row['why']}")
-    return 1 if any(row["why"].startswith(runs.NOT_COMPUTED) for row in table) else 0
+    return int(failed or any(row["why"].startswith(runs.NOT_COMPUTED) for row in table))
 
 
 def _models(options: argparse.Namespace) -> int:
@@ -225,11 +232,39 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from app.training import train
-
     if bool(options.names) == options.all:
         raise Wrong("name the models to train, or say --all (see leanscope train --help)")
-    train(options.names, say=_progress)
+    from engine import train
+
+    unknown = [name for name in options.names if name not in train.RECIPES]
+    if unknown:
+        raise Wrong(f"there is no recipe called {unknown[0][:60]!r}; there are {', '.join(train.RECIPES)}")
+    for name in dict.fromkeys(options.names or train.RECIPES):
+        print(json.dumps({name: _train_one(name)}, indent=2, ensure_ascii=False))
+
+
+def _train_one(name: str) -> dict[str, Any]:
+    """Train one model into the zoo; returns its entry in the manifest."""
+    from engine import checkpoints, train
+
+    began = time.monotonic()
+    start: int | None = None  # the step that this call began with: an earlier one may have been stopped
+
+    def progress(done: int, total: int, loss: float) -> None:
+        nonlocal start
+        start = done - 1 if start is None else start
+        minutes = (time.monotonic() - began) / (done - start) * (total - done) / 60
+        _progress(f"{name}: step {done} of {total}, loss {loss:.3f}, {minutes:.0f} min left")
+
+    try:
+        entry = train.train_to_assets(name, folder=checkpoints.ZOO, work=WORK, progress=progress)
+    except (OSError, checkpoints.ModelUnavailable) as error:
+        raise Failed(f"{name} could not be trained: {error}") from error
+    except KeyboardInterrupt:
+        _progress(f"{name} was stopped; the same command goes on where it was\n")
+        raise
+    _progress("")
+    return entry
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -303,6 +338,9 @@ def _perform(lesson: Lesson, knobs: Knobs) -> Any:
         return runs.perform(lesson, knobs, on_step)
     except (ValueError, ModelUnavailable) as error:
         raise Failed(f"{lesson.slug}: {error}") from error
+    except Exception as error:
+        logging.getLogger(__name__).exception("%s failed", lesson.slug)
+        raise Failed(f"{lesson.slug}: Something went wrong in the engine ({type(error).__name__}).") from error
 
 
 def _check_writable(target: Path) -> None:

@@ -151,6 +151,7 @@ class PageSocket(Routed, WSHandler):
     def open(self, *args: Any, **kwargs: Any) -> None:
         try:
             if self._token is not None and get_session_id(self._token) in self.application_context._sessions:
+                self.set_nodelay(True)  # a message is several small frames: held back for company, each costs 40 ms
                 super().open(*args, **kwargs)
                 return
         except Exception as error:  # a token that is no token, or has expired

@@ -209,12 +209,15 @@ _previews: dict[str, list[Message]] = {}  # the same for all visitors, and made 
 
 
 def preview(lesson: Lesson, run: Run) -> None:
-    """Keep the first view of a lesson's default run for the index, unless it is too large for a small picture."""
+    """Keep the first view of a lesson's default run for the index, unless it is too large for a small picture.
+
+    Text says little in a small picture: the first matrix or strip goes before it."""
     scene = lesson.scenes[0] if lesson.scenes else None
-    if scene is None or run.recording is None or not run.recording.steps:
+    if scene is None or not scene.views or run.recording is None or not run.recording.steps:
         return
     messages: list[Message] = []
-    small = dataclasses.replace(scene, views=scene.views[:1])
+    view = next((view for view in scene.views if view.kind in ("heatmaps", "slots")), scene.views[0])
+    small = dataclasses.replace(scene, views=(view,))
     Feed(messages.append).show(run.id, run.recording, small, run.knobs)
     if sum(map(size, messages)) <= PREVIEW:
         _previews[lesson.slug] = messages

@@ -40,6 +40,7 @@ Wake = Callable[[], None]
 QUEUE = 24  # runs that may wait
 MEMORY = 400_000_000  # bytes of finished recordings kept in memory
 RUN_MEMORY = 4_000_000_000  # bytes by which a run may make the process grow
+PATIENCE = 5  # times its lesson's seconds that a run may take for which nobody waits
 BEAT = 0.015  # seconds between two wakes of the watchers while a run goes on
 FULL = "Too many people are running lessons just now. Please try again in a minute."
 TROUBLE = "Something went wrong in the engine. The details are in the server's log."
@@ -214,6 +215,7 @@ class Run:
     seconds: float = 0.0  # what computing it took
     recording: Recording | None = None
     findings: Findings | None = None
+    patient: bool = False  # it rests while others run
     id: str = field(default_factory=lambda: f"run-{next(_numbers)}")
     _recorder: Recorder | None = None
     _watchers: list[Wake] = field(default_factory=list)
@@ -271,13 +273,16 @@ class Runs:
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def ask(self, lesson: Lesson, knobs: Knobs, wake: Wake) -> Run:
-        """The run of `lesson` at `knobs`, old or new; `wake` is called when it moves, until `leave`."""
+    def ask(self, lesson: Lesson, knobs: Knobs, wake: Wake, *, patient: bool = False) -> Run:
+        """The run of `lesson` at `knobs`, old or new; `wake` is called when it moves, until `leave`.
+
+        A `patient` run rests while any other runs; it stops being so when someone impatient asks for it too.
+        """
         key = key_of(lesson, knobs)
         with self._lock:
             run = self._finished.get(key) or self._live.get(key)
             if run is None:
-                run = Run(key, lesson, knobs)
+                run = Run(key, lesson, knobs, patient=patient)
                 if self._closed or len(self._live) >= self._limit + self._count:
                     run.state, run.message = "failed", FULL
                     return run
@@ -285,6 +290,7 @@ class Runs:
                 self._send(functools.partial(self._look_up, run))
             elif run.finished:
                 self._finished.move_to_end(key)
+            run.patient = run.patient and patient
             run._watchers.append(wake)
             return run
 
@@ -405,17 +411,19 @@ class Runs:
 
     def _perform(self, run: Run) -> None:
         started = time.monotonic()
+        limit = run.lesson.seconds * (PATIENCE if run.patient else 1)
+        rested = 0.0
         grown = _resident()
 
         def on_step(recorder: Recorder) -> None:
+            nonlocal rested
             run._recorder = recorder
+            rested += self._rest(run)
             if run._order is not None:
                 raise run._order
             now = time.monotonic()
-            if now - started > run.lesson.seconds:
-                raise Stopped(
-                    f"It took longer than {run.lesson.seconds:.0f} seconds and was stopped. What it had is shown."
-                )
+            if now - started - rested > limit:
+                raise Stopped(f"It took longer than {limit:.0f} seconds and was stopped. What it had is shown.")
             if now - run._waked > BEAT or recorder.step == 1:
                 if _resident() - grown > self._run_memory:
                     raise Stopped(
@@ -443,12 +451,22 @@ class Runs:
             else:
                 state, message = "failed", TROUBLE
                 log.exception("%s failed with %s", run.lesson.slug, run.lesson.run_values(run.knobs))
-        run.seconds = time.monotonic() - started
+        run.seconds = time.monotonic() - started - rested
         if recording is None and state == "stopped" and run._recorder is not None:
             recording = run._recorder.so_far()
         if recording is not None and state == "done":
             recording.meta["run_seconds"] = round(run.seconds, 3)
         self._settle(run, recording, state, message)
+
+    def _rest(self, run: Run) -> float:
+        """Let others go first, if the run is patient; returns the seconds that it rested."""
+        if not run.patient or self._count == 1:  # a single worker that rested would let nobody go first
+            return 0.0
+        began = time.monotonic()
+        with self._lock:
+            while run.patient and run._order is None and any(not other.patient for other in self._live.values()):
+                self._lock.wait(0.1)
+        return time.monotonic() - began
 
     def _settle(self, run: Run, recording: Recording | None, state: State, message: str) -> None:
         """Publish the end of a run: first the picture, then what it came to, then to disk."""
@@ -462,6 +480,7 @@ class Runs:
             if state == "done" and recording is not None:
                 self._finished[run.key] = run
                 self._trim()
+            self._lock.notify_all()
         self._wake(run)
         if recording is None:
             return

@@ -75,6 +75,7 @@ def routes() -> list[Any]:
         (r"/lesson/(?P<slug>[^/]+)/ws", handlers.PageSocket, {}),
         (r"/lesson/(?P<slug>[^/]+)", handlers.PageHandler, {}),
         (r"/lesson/(?P<slug>[^/]+)/", handlers.Slashed, {}),
+        (r"/lesson/.*", handlers.NotFound, {}),
         (r"/ws", handlers.PageSocket, {}),
         (r"/", handlers.PageHandler, {}),
         (r"/assets/([A-Za-z0-9_-]+\.[a-z0-9]+)", handlers.AssetHandler, {}),
@@ -164,10 +165,11 @@ def _warm(runs: Runs, lessons: bool) -> None:
     """Run each lesson at its defaults, one after the other, so that the first visitor finds them done."""
     for lesson in all_lessons().values() if lessons else ():
         done = threading.Event()
-        run = runs.ask(lesson, with_available_model(lesson.knobs())[0], done.set)
+        run = runs.ask(lesson, with_available_model(lesson.knobs())[0], done.set, patient=True)
         while not run.finished:
             done.wait(1.0)
             done.clear()
+        runs.leave(run, done.set)
         if run.state == "done":
             page.preview(lesson, run)
         else:

@@ -27,7 +27,9 @@ from lessons.views import Of
 
 log = logging.getLogger(__name__)
 
-RATE = 30  # batches a second
+RATE = 30  # batches of rows a second
+QUICK = 200  # batches of anything else
+TURNS = 60  # turns of a knob, of which the latest counts
 JOBS = 32  # answers that a session may have pending
 CALLS = 120.0  # messages a second that a browser may send
 KNOBS = 64  # knobs in a message
@@ -60,6 +62,7 @@ class Session:
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
+        self._urgent = asyncio.Event()  # a knob was turned: rest no longer
         self._task: asyncio.Task[None] | None = None
         self._packed: list[Message] = []  # what the feed made, in a packer's thread
         self._feed = Feed(lambda message: self._packed.append(message))
@@ -131,6 +134,7 @@ class Session:
         if isinstance(values, dict) and len(values) <= KNOBS:
             self._turned = values  # the latest wins, and is applied by the pump
             self._news.set()
+            self._urgent.set()
 
     def _on_scene(self, message: Mapping[str, Any]) -> None:
         name = message.get("scene")
@@ -168,7 +172,9 @@ class Session:
         run, recording = self.run, self._so_far()
         if isinstance(index, int) and whole(index, len(views) - 1) and run is not None and recording is not None:
             ask = functools.partial(answers.cell, recording, views[index], self._seen(run), message.get("at"))
-            self._later(functools.partial(ask, request=request, index=index))
+            step = message.get("step")
+            step = step if isinstance(step, int) and whole(step, STEPS) else None
+            self._later(functools.partial(ask, request=request, index=index, step=step))
         else:
             self._say({"type": "cell", "request": request, "error": "There is no such cell."})
 
@@ -250,16 +256,22 @@ class Session:
         while True:
             await self._news.wait()
             self._news.clear()
+            self._urgent.clear()
             began = self._loop.time()
+            rows = False
             try:
-                await self._flush()
+                rows = await self._flush()
             except Exception:
                 log.exception("a page could not be told the news")
             # A slow browser or a busy machine gets fewer, larger batches.
             took = self._loop.time() - began
-            await asyncio.sleep(max(1 / RATE - took, took / 2, 0.001))
+            rest = max((1 / RATE if rows else 1 / QUICK) - took, took / 2, 0.001)
+            await asyncio.sleep(min(rest, 1 / TURNS))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._urgent.wait(), max(0.0, rest - 1 / TURNS))
 
-    async def _flush(self) -> None:
+    async def _flush(self) -> bool:
+        """Send what there is; returns whether rows of a tensor were among it."""
         if self._turned is not None:
             turned, self._turned = self._turned, None
             self._apply(turned)
@@ -275,6 +287,7 @@ class Session:
             messages += await self._in_thread(job)
         if messages:
             await self._send(messages)
+        return any(message["type"] == "rows" for message in messages)
 
     async def _progress(self, run: Run) -> list[Message]:
         """What the browser lacks of the run."""

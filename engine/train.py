@@ -25,12 +25,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import hardware
+from engine.mimetic import mimetic
 from engine.model import Decoder, Shape
 from engine.recording import site, step, tap
 from engine.toyland import Batch, Grammar, batch
 from engine.toyland.stories import ASKING
 from engine.toyland.words import SIZE
 from engine.weights import sha256
+
+ROOT = Path(__file__).parent.parent
+ZOO = ROOT / "assets" / "models"
+WORK = ROOT / "train"  # checkpoints of what is being trained; not in git
 
 LOSS = site("train.loss", "mean surprisal of the batch", symbol="L", low=0.0, unit="nats")
 FLOOR = site("train.floor", "the same under the grammar itself: no reader does better on average", low=0.0, unit="nats")
@@ -65,7 +70,12 @@ class Recipe:
 
     make: Callable[[int], Decoder]
     about: str
-    stages: tuple[Stage, ...] = (Stage(900, 64, 64), Stage(600, 32, 128), Stage(500, 16, 256))
+    stages: tuple[Stage, ...] = (
+        Stage(600, 64, 32),
+        Stage(1000, 32, 64),
+        Stage(800, 16, 128),
+        Stage(1000, 16, 256),
+    )
     rate: float = 3e-3
     warmup: int = 100
     decay: float = 0.1
@@ -86,13 +96,16 @@ class Recipe:
         raise ValueError(f"step must be below {self.steps}, not {at}")
 
     def rate_at(self, at: int) -> float:
-        """The learning rate of step `at`: straight up, then a cosine down to a tenth."""
+        """The learning rate of step `at`: straight up, then a cosine down to nothing."""
         up = min(1.0, (at + 1) / self.warmup)
-        return self.rate * up * (0.55 + 0.45 * math.cos(math.pi * at / self.steps))
+        return self.rate * up * (0.5 + 0.5 * math.cos(math.pi * at / self.steps))
 
 
 RECIPES: dict[str, Recipe] = {
-    "toy": Recipe(lambda seed: Decoder(TOY, seed=seed), "softmax attention with a key head for every query head (MHA)"),
+    "toy": Recipe(
+        lambda seed: mimetic(Decoder(TOY, seed=seed), seed=seed),
+        "softmax attention with a key head for every query head (MHA)",
+    ),
 }
 
 
@@ -199,7 +212,7 @@ def _resume(folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, reci
     return int(facts["step"]), float(facts["seconds"])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: the model may go on training, and keeps tables that it made
 def measure(model: Decoder, grammar: Grammar, *, rows: int = 64, length: int = 256) -> dict[str, float]:
     """Perplexity, its exact floor on the same texts, and the share of questions' words that come first.
 
@@ -224,19 +237,27 @@ def figures(model: Decoder, grammar: Grammar) -> dict[str, float]:
 
 
 def train_to_assets(
-    name: str, *, folder: Path, work: Path, progress: Progress | None = None, resume: bool = True
+    name: str, *, folder: Path = ZOO, work: Path = WORK, progress: Progress | None = None, resume: bool = True
 ) -> dict[str, Any]:
-    """Make the model called `name` into `folder`/`name`.safetensors, keeping checkpoints under `work`; returns its
-    entry in the manifest. Weights are stored in float16, and the figures are those of what is stored."""
+    """Make the model called `name` again, into `folder`, with checkpoints under `work`; returns its manifest entry."""
     recipe = find(name)
-    device = hardware.device()
-    model = recipe.make(recipe.seed).to(device)
+    model = recipe.make(recipe.seed).to(hardware.device())
     seconds = train(model, recipe, progress=progress, folder=work / name, resume=resume)
+    return ship(name, model, seconds=seconds, folder=folder)
+
+
+def ship(name: str, model: Decoder, *, seconds: float, folder: Path = ZOO) -> dict[str, Any]:
+    """Store a trained model as `folder`/`name`.safetensors in float16, and enter it in the manifest there.
+
+    The figures are those of the stored weights. `seconds` is how long training took.
+    """
+    recipe = find(name)
     stored = {key: value.half().cpu().contiguous() for key, value in model.state_dict().items()}
     model.load_state_dict({key: value.float() for key, value in stored.items()})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
     save_file(stored, path)
+    path.chmod(0o644)  # safetensors writes for the owner alone
     entry = {
         "recipe": name,
         "about": recipe.about,
@@ -247,7 +268,7 @@ def train_to_assets(
         "tokens": sum(stage.steps * stage.rows * stage.length for stage in recipe.stages),
         **figures(model, recipe.grammar),
         "seconds": round(seconds),
-        "device": str(device),
+        "device": next(model.parameters()).device.type,
         "code": _version(),
         "data": data_digest(recipe),
         "sha256": sha256(path),

@@ -15,7 +15,7 @@ from engine.recording import Recording, newest, note, site, tap
 from lessons.arithmetic import attention_cell
 from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
-from lessons.models import choice, load, name_ids, read_aloud
+from lessons.models import TOY, choice, load, name_ids, read_aloud
 from lessons.views import Bars, Curves, Heatmaps, Line, Number, Numbers, Slots, Strip, Tokens, knob, of
 
 SLOTS = site("decode.slots", "what the cache holds, slot by slot")
@@ -25,16 +25,17 @@ MS = site("decode.milliseconds", "how long this step took", unit="ms")
 KEPT = site("decode.work_kept", "multiplications so far when keys and values are kept")
 REREAD = site("decode.work_reread", "multiplications so far when every token is computed again")
 KEPT_SLOT, NEW_SLOT, REREAD_SLOT = 1, 3, 4  # codes of Slots.states
+PROMPT_TOKENS = 160  # of a longer prompt, the beginning is read
 POST_SHAPE = {"layers": 32, "heads": 32, "width": 128, "value_bytes": 4, "memory": 80e9}  # as `post` has it
+
+
+PROMPT = "Marta found a small key in her grandmother's kitchen. She knew at once that it opened"
+TOY_PROMPT = "one day in the kitchen . the orange shell is in the barn . where is the orange shell ?"
 
 
 class Turn(Knobs):
     model = choice()
-    prompt = param.String(
-        "Marta found a small key in her grandmother's kitchen. She knew at once that it opened",
-        label="Prompt",
-        doc="What the model reads before it writes.",
-    )
+    prompt = param.String(PROMPT, label="Prompt", doc="What the model reads before it writes.")
     tokens = param.Integer(40, bounds=(4, 96), label="New tokens", doc="How many tokens the model writes.")
     cache = param.Boolean(True, label="Keep keys and values", doc="Off: every token is computed again at every step.")
     temperature = param.Number(0.0, bounds=(0.0, 2.0), step=0.1, label="Temperature", doc="0: the likeliest token.")
@@ -44,7 +45,9 @@ class Turn(Knobs):
 
 def run(knobs: Turn) -> None:
     model, tokenizer = load(knobs.model)
-    ids = tokenizer.prompt(knobs.prompt)[:160]
+    # Toyland has none of the usual words: as long as nobody types others, its model gets a prompt of its own.
+    prompt_text = TOY_PROMPT if knobs.model == TOY and knobs.prompt == PROMPT else knobs.prompt
+    ids = tokenizer.prompt(prompt_text)[:PROMPT_TOKENS]
     read_aloud(tokenizer.pieces(ids))
     shape, prompt = model.shape, len(ids)
     note(prompt_tokens=prompt, new_tokens=knobs.tokens, cached=knobs.cache, total_steps=knobs.tokens)
@@ -314,7 +317,7 @@ LESSON = Lesson(
     slug="decode", title="One token at a time",
     question="Why does a language model reread everything to say one more word?", part="Where the time goes", order=1,
     sources=("post", "lecture", "primer"), knobs=Turn, run=run, keep=keep, beats=BEATS, scenes=SCENES, claims=CLAIMS,
-    code=("engine.generate:generate", "engine.mixers.softmax:attention_scores", "engine.caches.full:Full"),
+    code=("engine.mixers.softmax:SoftmaxAttention", "engine.caches.full:Full", "engine.generate:generate"),
     looks=frozenset({"layer", "head"}), bounded_by={"layer": "layers", "head": "heads"}, facts=facts, marks=marks,
     glossary=GLOSSARY, step_word="token",
 )

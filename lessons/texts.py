@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.toyland import story
+
 LIGHTHOUSE = """\
 The lighthouse at the end of the bay had been dark for eleven years when Marta found the key. It was lying in a \
 drawer of her grandmother's kitchen table, wrapped in a piece of blue cloth, and it was heavier than it looked. She \
@@ -67,7 +69,5 @@ NAMES = {
 def text_ids(tokenizer: Any, name: str, own: str, *, toy: bool, tokens: int) -> list[int]:
     """At most `tokens` ids of the chosen text. A toy knows only Toyland's words: it reads a story of its world."""
     if toy and name != OWN:
-        from engine.toyland import story
-
         return tokenizer.encode(story(seed=list(TEXTS).index(name), tokens=tokens))[:tokens]
     return tokenizer.prompt(own if name == OWN else TEXTS[name])[:tokens]

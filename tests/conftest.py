@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("browser"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A browser for all tests of this process."""
+    """A browser for the tests of one file. No longer: while Playwright lives, nobody else can run an event loop."""
     from playwright.sync_api import sync_playwright
 
     path = find_browser()

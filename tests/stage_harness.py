@@ -50,11 +50,12 @@ TOP = site("demo.top", "probability of the likeliest next tokens")
 IDS = site("demo.ids", "the likeliest next tokens")
 BYTES = site("demo.bytes", "bytes of the cache", unit="B")
 
-WORDS = (
+TEXT = (
     'The "Art istic License" sets out the terms under which a package may be copied , such that the Copyright Holder '
     "keeps some semblance of control over the development of the package , while giving the users of the package the "
     "right to use and distribute it in a more or less customary fashion , plus the right to make reasonable changes ."
-).split(" ")
+)
+WORDS = TEXT.split()
 STRATEGIES = ("full", "window", "recompute", "sinks")
 
 
@@ -63,7 +64,9 @@ class SinksKnobs(Knobs):
     window = param.Integer(64, bounds=(8, 128), label="Window", doc="How many slots the windowed caches have.")
     sinks = param.Integer(4, bounds=(0, 8), label="Sinks")
     switch = param.Boolean(True, label="Sink switch")
-    text = param.Selector(default="artistic", objects={"Artistic License": "artistic", "A story": "story"}, label="Text")
+    text = param.Selector(
+        default="artistic", objects={"Artistic License": "artistic", "A story": "story"}, label="Text"
+    )
     layer = param.Integer(16, bounds=(0, 29), label="Layer")
     head = param.Integer(7, bounds=(0, 8), label="Head")
 
@@ -168,7 +171,9 @@ SINKS_SCENE = Scene(
             title="Four ways to remember, in lockstep",
             name="strips",
             strips=tuple(
-                Strip(label, of(CODES, strategy=s), detail, of(PPL, strategy=s), "perplexity", colour=colour, aside=cost)
+                Strip(
+                    label, of(CODES, strategy=s), detail, of(PPL, strategy=s), "perplexity", colour=colour, aside=cost
+                )
                 for s, label, detail, colour, cost in (
                     ("full", "Keep everything", "cache grows: {slots} slots", "ink", "O(T²)"),
                     ("window", "Sliding window", "{kept} slots, {evicted} gone", "alarm", "O(TL)"),
@@ -305,7 +310,7 @@ DECODE_BEATS = (
 )
 
 CLAIMS = [
-    ("A plain window breaks once the first tokens leave", "ppl(window) / ppl(dense)", "5158 / 5641 *", "41.0 / 17.0", "agrees"),
+    ("A plain window breaks once the first tokens go", "ppl(window) / ppl(dense)", "5158 / 5641", "41 / 17", "agrees"),
     ("A few sinks heal it", "ppl(4 + 60) vs ppl(recompute)", "5.40 vs 5.43", "20.9 vs 22.3", "agrees"),
     ("Cost is O(TL) instead of O(TL²)", "168·64 vs 168·64² scores", "—", "10,752 vs 688,128", "differs"),
     ("Dense fails on long text", "T = 320 ≤ 8192 trained", "5641", "17.0", "untestable"),
@@ -371,9 +376,24 @@ def messages(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"type": "run", "run": "r1", "state": "running", "steps": 0, "total": recording.steps}
     yield from sent
     yield {"type": "words", "run": "r1", "words": {i: " " + word for i, word in enumerate(WORDS)}}
-    yield {"type": "run", "run": "r1", "state": "done", "steps": recording.steps, "total": recording.steps, "seconds": 4.12}
+    yield {
+        "type": "run",
+        "run": "r1",
+        "state": "done",
+        "steps": recording.steps,
+        "total": recording.steps,
+        "seconds": 4.12,
+    }
     claims = [
-        {"text": t, "source": "lecture; Xiao 2023", "formula": f, "reported": r, "measured": m, "unit": "", "verdict": v}
+        {
+            "text": t,
+            "source": "lecture; Xiao 2023",
+            "formula": f,
+            "reported": r,
+            "measured": m,
+            "unit": "",
+            "verdict": v,
+        }
         | {"why": "The model was trained on 8,192 tokens; this text has 320." if v == "untestable" else ""}
         for t, f, r, m, v in CLAIMS
     ]
@@ -383,7 +403,9 @@ def messages(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def saved(name: str, page: dict[str, Any] | None = None) -> dict[str, Any]:
     """A lesson's page as data, for app/stage/standin.js; `page` as in PAGES."""
     page = page or PAGES[name]
-    menu = [{"slug": n, "title": n, "part": p["part"], "order": p["order"], "href": f"{n}.html"} for n, p in PAGES.items()]
+    menu = [
+        {"slug": n, "title": n, "part": p["part"], "order": p["order"], "href": f"{n}.html"} for n, p in PAGES.items()
+    ]
     source = Path(FOLDER.parents[1] / "engine" / "caches" / "full.py").read_text()
     lines = [i for i, line in enumerate(source.splitlines(), 1) if "self." in line][:3]
     code = {"name": "Full", "file": "engine/caches/full.py", "line": 1, "text": source, "taps": lines}
@@ -418,7 +440,15 @@ def saved(name: str, page: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def _tensors() -> dict[str, Any]:
     about = {"symbol": "A", "meaning": "the share of attention a query gives a key", "axes": ["head", "query", "key"]}
-    size = {"shape": [9, 48, 48], "dtype": "float32", "bytes": 82_944, "unit": "", "low": 0, "high": 0.98, "mean": 0.021}
+    size = {
+        "shape": [9, 48, 48],
+        "dtype": "float32",
+        "bytes": 82_944,
+        "unit": "",
+        "low": 0,
+        "high": 0.98,
+        "mean": 0.021,
+    }
     return {"type": "tensors", "tensors": [{"key": "attention.pattern[layer=12]", **about, **size}], "cut": []}
 
 
@@ -483,7 +513,8 @@ def html(name: str, *, data: dict[str, Any] | None = None, fonts: str = "", shad
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Stage harness</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"></head><body><div id="host"></div>'
         f'<script type="module">\n{script}\n{double}\n{host}'
-        f"const model = standin({text});\nwindow.double = model;\npage.render({{ model, el }});\n</script></body></html>"
+        f"const model = standin({text});\nwindow.double = model;\npage.render({{ model, el }});\n</script>"
+        "</body></html>"
     )
 
 
@@ -491,17 +522,19 @@ def shots(folder: Path, names: list[str]) -> None:
     """Photographs at 1440, 1024 and 390 pixels, by day and by night."""
     from playwright.sync_api import sync_playwright
 
+    from app.browser import find_browser
+
     folder.mkdir(parents=True, exist_ok=True)
     fonts = _fonts()
+    wrongs: list[Any] = []
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         for name in names:
             (folder / f"{name}.html").write_text(html(name, fonts=fonts))
             for theme in ("light", "dark"):
                 for width, height in ((1440, 1000), (1024, 1000), (390, 844)):
                     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
-                    page.on("console", lambda m: print("console:", m.text) if m.type == "error" else None)
-                    page.on("pageerror", lambda e: print("error:", e))
+                    page.on("pageerror", lambda error: wrongs.append(error))
                     page.goto(f"file://{folder}/{name}.html")
                     page.wait_for_function("window.leanscope && window.leanscope.ready")
                     if name == "sinks":
@@ -514,6 +547,8 @@ def shots(folder: Path, names: list[str]) -> None:
                     page.screenshot(path=folder / f"{name}-{theme}-{width}-tall.png")
                     page.close()
         browser.close()
+    if wrongs:
+        raise SystemExit("\n".join(map(str, wrongs)))
 
 
 def _fonts() -> str:

@@ -108,6 +108,7 @@ class Visitor:
         )
         socket = await websocket_connect(request, subprotocols=["bokeh", item["token"]])
         SOCKETS.append(socket)
+        socket.protocol.stream.set_nodelay(True)  # as browsers do: a message is three small frames
         visitor = cls(socket, item["root"], {})
         assert (await visitor._message())["header"]["msgtype"] == "ACK"
         visitor._send("PULL-DOC-REQ", {})
@@ -235,9 +236,16 @@ class Watched:
 
     def until(self, expression: str, *, seconds: float = 20) -> Any:
         """Wait until a JavaScript expression is true, and return it. The page's policy forbids wait_for_function."""
+        from playwright.sync_api import Error
+
         end = time.monotonic() + seconds
         while True:
-            value = self.page.evaluate(expression)
+            try:
+                value = self.page.evaluate(expression)
+            except Error as error:  # a page that loads anew has nothing to evaluate in for a moment
+                if "context was destroyed" not in str(error):
+                    raise
+                value = None
             if value:
                 return value
             if time.monotonic() > end:

@@ -1,4 +1,5 @@
 /** Scales and ticks of Curves: linear or logarithmic, with round numbers at the ticks. */
+import { format } from "./text.js";
 
 /** A function from value to pixel, with `invert`, `low`, `high` and `ticks(count)`. */
 export function scaleOf(low, high, from, to, log = false, roomy = false) {
@@ -42,7 +43,7 @@ function powers(a, b, base, unit) {
 
 function named(value) {
   const size = Math.abs(value);
-  if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
+  if (size >= 1e6) return format(value, ".3s");
   if (size >= 1e4) return `${Number((value / 1e3).toPrecision(3))}k`;
   return String(Number(value.toPrecision(4))).replace("-", "−");
 }

@@ -6,7 +6,7 @@ import { fill, make, say } from "./dom.js";
 import { doCard, guessCard } from "./cards.js";
 import { rich } from "./text.js";
 
-export function createBeats(lesson, { player, knobs, light, showScene, tip, changed }) {
+export function createBeats(lesson, { player, knobs, values, light, showScene, tip, changed }) {
   const { beats } = lesson;
   const dashes = beats.map((_, i) => make("button", { type: "button", class: "dash", "aria-label": `Part ${i + 1} of ${beats.length}`, on: { click: () => open(i) } }));
   const body = make("div", { class: "beat-body", "aria-live": "polite" });
@@ -23,7 +23,9 @@ export function createBeats(lesson, { player, knobs, light, showScene, tip, chan
     keys,
   );
   let index = -1;
-  let facts = {};
+  let facts = {}; // measured in the run
+  let given = {}; // known before anything is measured: whose run it is
+  const known = () => ({ ...values, ...given, ...facts });
   let parts = [];
   let awaited = ""; // the fact that holds this beat's step, while it is not measured yet
   const guesses = new Map();
@@ -60,7 +62,7 @@ export function createBeats(lesson, { player, knobs, light, showScene, tip, chan
     if (beat.do) cards.push(doCard(beat.do, done.has(index)));
     parts.push(...cards);
     fill(body, make("div", { class: "beat-text" }, text.nodes), cards.map((card) => card.element));
-    parts.forEach((part) => part.fill(facts));
+    parts.forEach((part) => part.fill(known()));
     dashes.forEach((dash, i) => {
       dash.classList.toggle("past", i < index);
       if (i === index) dash.setAttribute("aria-current", "step");
@@ -101,9 +103,13 @@ export function createBeats(lesson, { player, knobs, light, showScene, tip, chan
     get index() {
       return index;
     },
-    facts(known) {
-      facts = { ...known };
-      parts.forEach((part) => part.fill(facts));
+    given(about) {
+      given = about;
+      parts.forEach((part) => part.fill(known()));
+    },
+    facts(measured) {
+      facts = { ...measured };
+      parts.forEach((part) => part.fill(known()));
       if (awaited && awaited in facts) {
         player.waitFor(facts[awaited]);
         awaited = "";

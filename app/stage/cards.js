@@ -2,6 +2,9 @@
 import { make, say } from "./dom.js";
 import { format, rich } from "./text.js";
 
+/** A card's text has neither glossary nor highlights. */
+const BARE = { term: (shown) => make("span", {}, shown), light: (nodes) => make("span", {}, nodes) };
+
 /** `guesses` remembers what was guessed, by beat, so that going back does not ask again. */
 export function guessCard(predict, { answer, guesses, index }) {
   const whole = predict.options.every(Number.isInteger) && !predict.format.includes("%");
@@ -11,12 +14,13 @@ export function guessCard(predict, { answer, guesses, index }) {
     make("button", { type: "button", class: "guess", "aria-pressed": "false", on: { click: () => choose(option) } }, optionText(option)),
   );
   const verdict = make("p", { class: "verdict", role: "status" });
+  const question = rich(predict.question, BARE);
   const element = make(
     "div",
     { class: "card guess-card" },
     make("div", { class: "card-kind" }, "Your guess"),
-    make("p", { class: "card-question" }, predict.question),
-    make("div", { class: "guesses", role: "group", "aria-label": predict.question }, buttons),
+    make("div", { class: "card-question" }, question.nodes),
+    make("div", { class: "guesses", role: "group", "aria-label": "Your guess" }, buttons),
     verdict,
   );
 
@@ -42,7 +46,13 @@ export function guessCard(predict, { answer, guesses, index }) {
     );
   };
 
-  return { element, fill: show };
+  return {
+    element,
+    fill(facts) {
+      question.fill(facts);
+      show();
+    },
+  };
 }
 
 /** The option nearest to the measured value; in proportion when all are positive, as people judge "twice as much". */
@@ -56,7 +66,7 @@ function nearestOf(options, value) {
 export function doCard(task, finished) {
   const sign = make("span", { class: "do-sign", "aria-hidden": "true" });
   const state = make("span", { class: "visually-hidden", role: "status" });
-  const text = rich(task.text, { term: (shown) => make("span", {}, shown), light: (nodes) => make("span", {}, nodes) });
+  const text = rich(task.text, BARE);
   const element = make("div", { class: "card do-card" }, sign, make("div", {}, make("div", { class: "card-kind" }, "Try it"), make("div", { class: "card-question" }, text.nodes), state));
   const finish = () => {
     element.classList.add("finished");

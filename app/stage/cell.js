@@ -53,7 +53,7 @@ function lowered(expression) {
 function vector(name, numbers) {
   const shown = numbers.slice(0, LONGEST);
   const most = shown.reduce((a, v) => Math.max(a, Math.abs(v)), 1e-12);
-  const role = /^q/i.test(name) ? "query" : /^k/i.test(name) ? "key" : /^v/i.test(name) ? "value" : "sink";
+  const role = /[·×*∘⊙]/.test(name) ? "sink" : /^q/i.test(name) ? "query" : /^k/i.test(name) ? "key" : /^v/i.test(name) ? "value" : "sink";
   const bars = shown.map((v, i) =>
     make("span", {
       class: `vector-bar ${v < 0 ? "minus" : "plus"}`,

@@ -54,6 +54,25 @@ function crumbs(lesson) {
     make("li", {}, make("a", { href: other.href, "aria-current": other.slug === lesson.slug ? "page" : null }, make("span", { class: "order" }, String(other.order)), other.title)),
   );
   const here = make("summary", {}, make("strong", {}, lesson.title || lesson.slug));
-  const menu = items.length > 1 ? make("details", { class: "menu" }, here, make("ul", {}, items)) : make("strong", {}, lesson.title || lesson.slug);
+  const menu = items.length > 1 ? closing(make("details", { class: "menu" }, here, make("ul", {}, items))) : make("strong", {}, lesson.title || lesson.slug);
   return make("nav", { class: "crumbs grow", "aria-label": "Where you are" }, make("span", { class: "crumb-part" }, lesson.part), make("span", { class: "arrow", "aria-hidden": "true" }, "›"), menu);
+}
+
+/** A menu that closes with Escape, and when the focus or a click goes elsewhere. */
+function closing(details) {
+  const close = () => {
+    details.open = false;
+  };
+  details.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !details.open) return;
+    close();
+    details.querySelector("summary").focus();
+  });
+  details.addEventListener("focusout", (event) => {
+    if (event.relatedTarget && !details.contains(event.relatedTarget)) close();
+  });
+  document.addEventListener("pointerdown", (event) => {
+    if (!event.composedPath().includes(details)) close();
+  });
+  return details;
 }

@@ -46,7 +46,7 @@ export function heatmaps(host, spec, context) {
     const margin = context.bare ? { left: 1, top: 1 } : { left: words ? 84 : 32, top: 18 };
     const square = matrix.ragged || spec.gaps;
     const tallest = context.height || (focus() === null && matrix.facets > 4 ? 620 : TALLEST);
-    plan = arrange(matrix, { width, height: tallest }, { focus: focus(), single: context.single, margin, stretch: !square });
+    plan = arrange(matrix, { width, height: tallest }, { focus: focus(), single: context.single, margin, stretch: !square, most: spec.gaps ? 26 : 34 });
     pen = sized(canvas, plan.width, plan.height);
     pen.clearRect(0, 0, plan.width, plan.height);
     canvas.dataset.boxes = JSON.stringify(plan.boxes); // where cells are, for tests of pixels

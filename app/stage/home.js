@@ -17,13 +17,13 @@ export function homePage({ root, model, places, theme }) {
     order += 1;
     const number = make("span", { class: "card-number" }, String(order));
     if (!lesson.href) {
-      return make("li", { class: "coming" }, number, make("div", {}, make("h3", {}, lesson.title), make("p", {}, lesson.question)), make("span", { class: "soon" }, "coming"));
+      return make("li", { class: "card-coming" }, number, make("div", {}, make("h3", {}, lesson.title), make("p", {}, lesson.question)), make("span", { class: "soon" }, "coming"));
     }
     const picture = make("div", { class: "card-picture", "aria-hidden": "true" });
     if (lesson.preview) previews.push(createPreview(picture, lesson.preview, base));
     else picture.append(glyph(partOf(lesson)));
     const text = make("div", { class: "card-text" }, make("div", { class: "card-line" }, number, make("h3", {}, lesson.title)), make("p", {}, lesson.question), make("span", { class: "card-go", "aria-hidden": "true" }, "Open the lesson →"));
-    return make("li", { class: "open" }, make("a", { href: lesson.href, "aria-label": `${lesson.title}: ${lesson.question}` }, picture, text));
+    return make("li", { class: "card-open" }, make("a", { href: lesson.href, "aria-label": `${lesson.title}: ${lesson.question}` }, picture, text));
   };
 
   const partOf = (lesson) => course.findIndex((part) => part.lessons.includes(lesson));

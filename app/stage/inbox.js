@@ -36,6 +36,7 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
     picture(message) {
       renew(message.run);
       scenes.picture(message);
+      beats.given({ name: message.model?.name });
       grow();
     },
     rows(message) {

@@ -78,7 +78,7 @@ export function lessonPage({ root, model, places, theme }) {
   );
   const models = inHeader ? createModels(lesson.models, values.model, (value) => knobs.set("model", value)) : null;
   const sendPlace = throttled(() => send({ type: "place", beat: beats.index, step: player.step }), PLACE_EVERY);
-  const beats = createBeats(lesson, { player, knobs, tip, showScene, light: scenes.light, changed: sendPlace });
+  const beats = createBeats(lesson, { values, player, knobs, tip, showScene, light: scenes.light, changed: sendPlace });
 
   /** The learner takes the player in hand: from now on no beat pulls it elsewhere. */
   const inHand = (work) => () => {
@@ -133,7 +133,11 @@ export function lessonPage({ root, model, places, theme }) {
     send,
     onAway: notices.away,
     onHere: notices.here,
-    onBack: () => (player.playing ? notices.back(() => location.reload()) : location.reload()),
+    onBack(known) {
+      const reload = () => location.reload();
+      if (known && !player.playing) reload();
+      else notices.back(reload);
+    },
   });
   model.on("msg:custom", (event) => {
     pulse.heard();

@@ -4,21 +4,16 @@
  */
 
 const EVERY = 5000; // between pings
-const PATIENCE = 4000; // for a pong, before asking by HTTP
-const RETRY = 2000; // between questions by HTTP
+const PATIENCE = 2500; // for a pong, before asking by HTTP
+const RETRY = 1500; // between questions by HTTP
+const GRACE = 4000; // for the old session to speak, once the server answers by HTTP
 
+/** `onBack(known)`: the server is there, this session is not; `known` when it ever was. */
 export function createPulse({ send, onAway, onBack, onHere }) {
   let asked = 0; // when the oldest unanswered ping left, or 0
-  let away = false;
-
-  const reachable = async () => {
-    try {
-      const reply = await fetch(location.href, { method: "HEAD", cache: "no-store" });
-      return reply.status < 500;
-    } catch {
-      return false;
-    }
-  };
+  let there = 0; // since when the server answers by HTTP, or 0
+  let state = "here";
+  let known = false;
 
   const ping = () => {
     if (!asked) asked = performance.now();
@@ -30,26 +25,38 @@ export function createPulse({ send, onAway, onBack, onHere }) {
   };
 
   const look = async () => {
-    if (!asked || performance.now() - asked < PATIENCE) return;
-    const there = await reachable();
-    if (!asked) return; // it answered meanwhile
-    if (!there && !away) {
-      away = true;
+    if (!asked || performance.now() - asked < PATIENCE || state === "back") return;
+    const answers = await reachable();
+    if (!asked) return; // it spoke meanwhile
+    there = answers ? there || performance.now() : 0;
+    if (!answers && state === "here") {
+      state = "away";
       onAway();
-    } else if (there && (away || performance.now() - asked > 3 * PATIENCE)) {
-      away = true;
-      onBack();
+    } else if (answers && (state === "away" || performance.now() - there > GRACE)) {
+      state = "back";
+      onBack(known);
     }
   };
 
   const timers = [setInterval(ping, EVERY), setInterval(look, RETRY)];
   return {
-    /** Any message shows that the server lives. */
+    /** Any message shows that the session lives. */
     heard() {
       asked = 0;
-      if (away) onHere();
-      away = false;
+      there = 0;
+      known = true;
+      if (state !== "here") onHere();
+      state = "here";
     },
     stop: () => timers.forEach(clearInterval),
   };
+}
+
+async function reachable() {
+  try {
+    const reply = await fetch(location.href, { method: "HEAD", cache: "no-store" });
+    return reply.status < 500;
+  } catch {
+    return false;
+  }
 }

@@ -29,9 +29,7 @@ export function createScene(stage, base, hooks) {
         store: { value: store },
         open: { value: (at) => hooks.open(index, view, at) },
       });
-      const draws = VIEWS[view.kind];
-      const drawing = draws ? draws(panel.host, view, context) : null;
-      if (!drawing) panel.host.append(`This page cannot draw “${view.kind}” yet.`);
+      const drawing = started(panel.host, view, context);
       panel.flip.addEventListener("click", () => flip(index));
       grid.append(panel.element);
       return { view, panel, drawing, version: "" };
@@ -121,6 +119,17 @@ export function createScene(stage, base, hooks) {
       return next ? next.store : current ? current.store : null;
     },
   };
+}
+
+/** The view at work, or null: one that fails says so in its panel and leaves the others alone. */
+function started(host, view, context) {
+  try {
+    return VIEWS[view.kind](host, view, context);
+  } catch (error) {
+    reportError(error);
+    host.replaceChildren(`This picture (${view.kind}) could not be drawn.`);
+    return null;
+  }
 }
 
 function keyOf(message) {

@@ -8,20 +8,23 @@ export function createTensors(send, player) {
   const names = ["Tensor", "Shape", "Type", "Size", "Low", "High", "Mean"];
   const list = make("table", { class: "tensor-list" }, make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name)))), rows);
   const cut = make("p", { class: "cut-note", hidden: true });
-  const grid = make("div", { class: "value-grid", hidden: true, tabindex: 0, role: "region", "aria-label": "Values" });
+  const grid = make("div", { class: "value-grid", tabindex: 0, role: "region", "aria-label": "Values" });
   const offer = (what, label) => make("button", { type: "button", class: "download", on: { click: () => send({ type: "download", what }) } }, label);
   const downloads = make("div", { class: "downloads" }, offer("npz", "All tensors (.npz)"), offer("recording", "The recording (.safetensors)"), offer("claims", "The claims (.json)"));
   const waiting = make("p", { class: "waiting-text" }, "Listing the tensors …");
-  const element = make("div", { class: "tensor-page" }, downloads, waiting, make("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": "Recorded tensors" }, list), cut, grid);
+  const element = make("div", { class: "tensor-page" }, downloads, waiting, make("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": "Recorded tensors" }, list), cut);
   list.hidden = true;
 
+  const places = new Map(); // key -> its row in the list
+
   const show = (message) => {
+    places.clear();
     list.hidden = false;
     waiting.hidden = true;
     fill(
       rows,
-      message.tensors.map((t) =>
-        make(
+      message.tensors.map((t) => {
+        const row = make(
           "tr",
           {},
           make("td", {}, make("button", { type: "button", class: "tensor-open", on: { click: () => send({ type: "tensor", key: t.key, step: player.step }) } }, t.key), make("div", { class: "small" }, [t.symbol, t.meaning].filter(Boolean).join(" · "))),
@@ -29,8 +32,10 @@ export function createTensors(send, player) {
           make("td", { class: "figures" }, t.dtype),
           make("td", { class: "figures" }, bytes(t.bytes)),
           ...[t.low, t.high, t.mean].map((v) => make("td", { class: "figures" }, typeof v === "number" ? short(v) : "—")),
-        ),
-      ),
+        );
+        places.set(t.key, row);
+        return row;
+      }),
     );
     cut.hidden = !message.cut.length;
     cut.textContent = `Left out to keep the recording small: ${message.cut.map((c) => `${c.key} (${bytes(c.bytes)})`).join(", ")}.`;
@@ -44,9 +49,12 @@ export function createTensors(send, player) {
     for (let i = 0; i < data.length; i += Math.max(1, width)) lines.push(data.subarray(i, i + width));
     const body = lines.map((line, i) => make("tr", {}, make("th", { scope: "row" }, String(i)), [...line].map((v) => make("td", {}, short(v)))));
     const head = make("tr", {}, make("th", {}, ""), Array.from({ length: width }, (_, i) => make("th", { scope: "col" }, String(i))));
-    grid.hidden = false;
     fill(grid, make("h4", {}, `${message.key} [${message.shape.join(" × ")}]${message.more ? ", the first values" : ""}`), make("table", {}, make("thead", {}, head), make("tbody", {}, body)));
-    grid.scrollIntoView({ block: "nearest" });
+    const before = grid.closest("tr");
+    const after = make("tr", {}, make("td", { colspan: names.length }, grid));
+    before?.remove();
+    places.get(message.key)?.after(after);
+    after.scrollIntoView({ block: "nearest" });
   };
 
   return { element, show, values };

@@ -5,6 +5,7 @@
 import { make, say } from "./dom.js";
 
 const FORMAT = /^(\+)?(,)?(?:\.(\d+))?([fdeg%s])?$/;
+const STEPS = ["", "k", "M", "G", "T", "P"];
 
 /** `value` as Python's format(value, spec) would write it, for the specs that lessons use. */
 export function format(value, spec = "") {
@@ -25,10 +26,17 @@ function digitsOf(value, comma, digits, type) {
   if (type === "f") return grouped(value, places);
   if (type === "d") return grouped(Math.round(value), 0);
   if (type === "e") return value.toExponential(places);
+  if (type === "s") return scaled(value, places);
   if (type === "g") return String(Number(value.toPrecision(Math.max(1, places))));
   if (digits !== undefined) return grouped(value, places);
   if (Number.isInteger(value)) return grouped(value, 0);
   return short(value);
+}
+
+/** 12,500,000 as 12.5M: so many figures and a thousand's letter. */
+function scaled(value, figures) {
+  const step = value === 0 ? 0 : Math.min(STEPS.length - 1, Math.max(0, Math.floor(Math.log10(Math.abs(value)) / 3)));
+  return `${Number((value / 1000 ** step).toPrecision(Math.max(1, figures)))}${STEPS[step]}`;
 }
 
 /** A number for a read-out: four figures, however large or small. */

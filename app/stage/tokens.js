@@ -30,6 +30,8 @@ export function tokens(host, spec, context) {
       text.append(fold, chip);
       if (/\n/.test(piece)) text.append(make("br"));
     }
+    // A tokenizer of whole words keeps no blanks: the gaps between its words are ours.
+    text.classList.toggle("words", store.pieces.length > 1 && !store.pieces.some((piece) => /^\s|\s$/.test(piece)));
   };
 
   const lines = (n) => {

@@ -27,9 +27,7 @@ class _Plan:
     q_positions: Positions  # the slot of each query's own token
     mask: Tensor | None  # T S
     stay: Tensor | None  # n': the candidates that are held after the pass; None: all
-    places: (
-        Tensor | None
-    )  # T S: the candidate in each slot, query by query; None: all see what is held, up to their own
+    places: Tensor | None  # T S: the candidate in each slot, query by query; None: all see what is held by then
 
 
 class Window(Cache):
@@ -56,8 +54,9 @@ class Window(Cache):
 
     def extend(self, layer: int, k: Tensor, v: Tensor, rope: Rope) -> View:
         B, G, T, D = k.shape
-        if layer in self._k:
-            k, v = torch.cat((self._k[layer], k), 2), torch.cat((self._v[layer], v), 2)  # B H_kv n+T D
+        # Copies either way: a slice of the product that made q, k and v would keep all of it alive.
+        k = torch.cat((self._k[layer], k), 2) if layer in self._k else k.clone()  # B H_kv n+T D
+        v = torch.cat((self._v[layer], v), 2) if layer in self._v else v.clone()  # B H_kv n+T D
         if self._plan is None:
             self._plan = self._make_plan(T, k.device)
         plan = self._plan

@@ -141,7 +141,7 @@ def within_chunk(
     x, weights, surprise = q, [], []
     for layer, (w, m, al, el) in enumerate(zip(memory.weights, memory.surprise, a, e, strict=True)):
         x = F.silu(x) if layer else x
-        x = s.old[..., None] * (x @ w) + s.drift[..., None] * (x @ m) - (x @ al.mT * s.new).tril(-1) @ el
+        x = s.old[..., None] * (x @ w) + s.drift[..., None] * (x @ m) - (x @ al.mT * s.new) @ el
         weights.append(at_end(s.old) * w + at_end(s.drift) * m - (al * s.new[..., -1, :, None]).mT @ el)
         surprise.append(s.carried[..., None, None] * m - (al * s.last[..., None]).mT @ el)
     age = memory.age + q.shape[2]

@@ -25,7 +25,7 @@ def pairs_question(grammar: Grammar, *, pairs: int, seed: int) -> Question:
     if not 1 <= pairs <= keys:
         raise ValueError(f"pairs must be between 1 and {keys}, not {pairs}")
     told = _tell("remember", _pairs(grammar, pairs), seed)
-    key = told.words.index(told.words[-4])  # ... key ? value .
+    key = told.words.index(told.words[-3])  # ... key value .
     return _question(told.words[:-2], told.words[-2:-1], range(key, key + 2))
 
 

@@ -2,9 +2,10 @@
 
     home    one day in the harbour. the red ball is in the attic. the sailor mends the net. anna is in the mill.
             anna takes the red ball. who has the red ball? anna. ... night falls.       (facts that change)
-    pairs   remember few: anna red, kite attic. now: kite? attic, anna? red.            (associative recall)
+    pairs   remember few: anna red, kite attic. now? kite attic, anna red.              (associative recall)
     song    sing: rose bean owl again: rose bean owl.                                   (induction)
-    secret  in the school. the poet reads the letter. the code is two six six. ... what is the code? two six six.
+    secret  in the school. the poet reads the letter. the code is two six six. ... what is the code? the code is
+            two six six.                                                                (a passkey in filler)
 
 A text is the start token and then story after story without end. The first word of a story gives away its kind,
 the next ones its topic, so that nothing is hidden (see `entropy`). A question is asked only when the text before
@@ -50,7 +51,7 @@ class Grammar:
         for name, value, low, high in (
             ("people", self.people, 2, len(self.names)),
             ("goods", self.goods, 1, min(len(self.things), len(self.colours) - 1)),  # one colour is left to paint with
-            ("pairs", self.pairs, 1, keys),
+            ("pairs", self.pairs, 3, keys),
             ("song_length", self.song_length, 1, len(self.song_words)),
         ):
             if not low <= value <= high:
@@ -99,10 +100,10 @@ def filler(scene: tuple[str, str, str], actor: str | None = None) -> Process:
 
 
 def pairs(grammar: Grammar, *, count: int | None = None, asked: int | None = None) -> Process:
-    """(remember) few: anna red, kite attic. now: kite? attic, anna? red. Given `count`, so many pairs and no choice."""
+    """(remember) few: anna red, kite attic. now? kite attic, anna red. Given `count`, so many pairs and no choice."""
     g = grammar
     size = yield offer((g.few, ["few"]), (g.many, ["many"]))
-    on = 0.95 if size == "many" else 0.85
+    on = 0.95 if size == "many" else 0.8
     further = offer((on, [","]), (1 - on, ["."]))
     keys, values = (*g.names, *g.things), any_of((*g.colours, *g.places))
     known: dict[str, str] = {}
@@ -114,14 +115,14 @@ def pairs(grammar: Grammar, *, count: int | None = None, asked: int | None = Non
         if len(known) == limit:
             yield "."
             break
-        mark = yield further if count is None else ","
+        # Two pairs or one would ask for next to no memory.
+        mark = yield further if count is None and len(known) >= 3 else ","
         if mark == ".":
             break
-    yield from say("now :")
+    yield from say("now ?")
     any_known, done = any_of(tuple(known)), 0
     while True:
         key = yield any_known
-        yield "?"
         yield Answer(known[key])
         done += 1
         mark = yield further if asked is None else "." if done == asked else ","
@@ -152,7 +153,7 @@ def song(grammar: Grammar, *, count: int | None = None) -> Process:
 
 
 def secret(grammar: Grammar, *, before: int | None = None, after: int | None = None) -> Process:
-    """(in) the school . <filler> the code is two six six . <filler> what is the code ? two six six ."""
+    """(in) the school . <filler> the code is two six six . <filler> what is the code ? the code is two six six ."""
     g = grammar
     yield "the"
     scene = g.topics[(yield any_of(tuple(g.topics)))]
@@ -180,7 +181,7 @@ def secret(grammar: Grammar, *, before: int | None = None, after: int | None = N
             break
         yield from filler(scene)
         passed += 1
-    yield from say("is the code ?")
+    yield from say("is the code ? the code is")
     for digit in code:
         yield Answer(digit)
     yield "."

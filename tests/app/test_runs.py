@@ -232,6 +232,28 @@ def test_a_hundred_turns_of_a_knob_leave_only_the_last_run(runs: Runs) -> None:
     assert runs.load() == {"live": 0, "waiting": 0, "kept": 1}
 
 
+def test_a_patient_run_rests_while_others_run_until_someone_wants_it(runs: Runs) -> None:
+    watcher = Watcher()
+    patient = runs.ask(LESSON, WavesKnobs(**SLOW), watcher, patient=True)
+    watcher.until(lambda: patient.steps > 2)
+    other, its = ask(runs, steps=100, pause=0.005)
+    its.until(lambda: other.steps > 2)
+    resting = patient.steps
+    its.until(lambda: other.steps > 50)
+    assert patient.steps <= resting + 1
+    its.until(lambda: other.finished)
+    watcher.until(lambda: patient.steps > resting + 5)
+    third, its = ask(runs, steps=250, pause=0.01)
+    its.until(lambda: third.steps > 2)
+    resting = patient.steps
+    wanted, watcher = ask(runs, **SLOW)
+    assert wanted is patient
+    watcher.until(lambda: patient.steps > resting + 10)
+    assert not third.finished
+    watcher.until(lambda: patient.finished)
+    assert patient.state == "done"
+
+
 def test_runs_at_the_same_time_do_not_mix(runs: Runs) -> None:
     both = [ask(runs, steps=120 + i, pause=0.002) for i in range(2)]
     for run, watcher in both:

@@ -60,6 +60,11 @@ def get(server: Server, path: str, method: str = "GET", **headers: str) -> tuple
         connection.close()
 
 
+def unexpected(server: Server) -> bool:
+    """Whether its log tells of an error besides the one claim of this lesson that is meant to fail."""
+    return server.said().count("Traceback") > server.said().count("ZeroDivisionError: no waves today")
+
+
 def page(server: Server, path: str = "/lesson/waves") -> str:
     status, _, body = get(server, path)
     assert status == 200, body[:300]
@@ -284,21 +289,19 @@ def _start(document: dict[str, Any]) -> dict[str, Any]:
     return document["roots"][0]["attributes"]["data"]["attributes"]["start"]
 
 
-def test_another_sites_page_cannot_open_a_websocket(server: Server) -> None:
-    async def story() -> None:
-        text = page(server)
-        port = urlsplit(server.url).port
-        for origin in (
-            "http://evil.example",
-            f"http://localhost.evil.example:{port}",
-            f"http://localhost:{port}1",
-            "null",
-        ):
-            with pytest.raises(HTTPClientError) as refused:
-                await Visitor.arrive(f"{server.url}/lesson/waves", text, origin=origin)
-            assert refused.value.code == 403
+def knock(server: Server, origin: str, token: str) -> int:
+    """The answer to a WebSocket's handshake."""
+    wanted = {"Upgrade": "websocket", "Connection": "Upgrade", "Origin": origin, "Sec-WebSocket-Version": "13"}
+    wanted |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Protocol": f"bokeh, {token}"}
+    return get(server, "/lesson/waves/ws", **wanted)[0]
 
-    tried(story)
+
+def test_another_sites_page_cannot_open_a_websocket(server: Server) -> None:
+    port = urlsplit(server.url).port
+    token = re.search(r"token&quot;: &quot;([^&]+)&quot;", page(server))[1]  # type: ignore[index]
+    assert knock(server, f"http://localhost:{port}", token) == 101
+    for origin in ("http://evil.example", f"http://localhost.evil.example:{port}", f"http://localhost:{port}1", "null"):
+        assert knock(server, origin, token) == 403
 
 
 @pytest.mark.parametrize("token", ["abc", "a.b", "", "eyJzZXNzaW9uX2lkIjoiYWJjIn0", "<script>", "é"])
@@ -348,7 +351,7 @@ def test_hostile_messages_do_not_break_a_session(server: Server) -> None:
         visitor.socket.close()
 
     tried(story)
-    assert "Traceback" not in server.said().replace("no waves today", "").split("ZeroDivisionError: ")[-1]
+    assert not unexpected(server)
 
 
 def test_a_browser_cannot_write_into_the_page_of_the_server(server: Server) -> None:
@@ -446,7 +449,7 @@ def test_a_server_stops_cleanly_while_it_runs_a_lesson(tmp_path: Path, number: s
         tried(story)
         server.process.send_signal(number)
         assert server.process.wait(10) == 0
-        assert "Traceback" not in server.said()
+        assert not unexpected(server)
 
 
 def test_a_restarted_server_closes_old_sessions_and_serves_new_ones(tmp_path: Path) -> None:
@@ -476,12 +479,10 @@ def test_frames_and_origins_can_be_allowed(tmp_path: Path) -> None:
 
         async def story() -> None:
             for origin in ("https://a.example", "https://b.example:8443"):
-                visitor = await Visitor.arrive(f"{server.url}/lesson/waves", page(server), origin=origin)
-                visitor.socket.close()
-            with pytest.raises(HTTPClientError):
-                await Visitor.arrive(f"{server.url}/lesson/waves", page(server), origin="https://c.example")
+                await Visitor.arrive(f"{server.url}/lesson/waves", page(server), origin=origin)
 
         tried(story)
+        assert knock(server, "https://c.example", "a.b") == 403
 
 
 def test_a_cache_folder_that_cannot_be_written_is_told_where_people_look(tmp_path: Path) -> None:
@@ -503,8 +504,9 @@ def test_a_cache_folder_that_cannot_be_written_is_told_where_people_look(tmp_pat
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_sessions_that_are_gone_leave_nothing_behind(tmp_path: Path) -> None:
-    """After 150 visits the process holds about what it held after 50."""
+    """After 120 visits the process holds about what it held after 40."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -530,7 +532,7 @@ def test_sessions_that_are_gone_leave_nothing_behind(tmp_path: Path) -> None:
                 visitor.socket.close()
             await asyncio.sleep(1.5)
 
-        tried(lambda: visits(60))
+        tried(lambda: visits(40))
         before = resident()
-        tried(lambda: visits(120))
+        tried(lambda: visits(80))
         assert resident() - before < 15_000_000

@@ -23,7 +23,8 @@ from app.link import Place, decode
 from app.runs import FULL, TROUBLE, Runs, perform
 from app.session import Session
 from app.store import Store
-from engine.recording import Recording
+from engine.recording import Recording, record, site, step, tap
+from lessons.views import Arithmetic, Heatmaps, of
 from tests.app.lessons.waves import LESSON, WAVE, WavesKnobs
 
 Message = dict[str, Any]
@@ -330,6 +331,26 @@ def test_a_cell_shows_its_arithmetic_and_one_that_is_none_says_so() -> None:
             await page.until(lambda: len(page.all("cell")) == 7 + len(bad))
 
     tried(story)
+
+
+def test_a_cell_of_a_whole_frame_is_looked_up_at_its_step() -> None:
+    frame = site("frames.whole", "a square that grows by a frame of its own")
+    with record() as recorder:
+        for size in (2, 5):
+            tap(frame, np.zeros((size, size), np.float32), "row column")
+            step()
+    view = Heatmaps(tensor=of(frame), rows="row", columns="column", cell=lambda r, k, at: Arithmetic("here", ()))
+    recording = recorder.freeze()
+    for at, when, there in [
+        ((1, 1), 0, True),
+        ((4, 4), 0, False),
+        ((4, 4), 1, True),
+        ((4, 4), None, True),
+        ((5, 0), 1, False),
+    ]:
+        where = {"row": at[0], "column": at[1]}
+        (answer,) = answers.cell(recording, view, WavesKnobs(), where, request=1, index=0, step=when)
+        assert ("error" not in answer) == there
 
 
 def test_a_cell_that_breaks_says_so(caplog: pytest.LogCaptureFixture) -> None:

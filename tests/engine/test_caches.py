@@ -17,7 +17,7 @@ from engine.caches.sinks import Sinks
 from engine.caches.window import Window
 from engine.mixers.rope import rope_tables
 from engine.read import Policy, read
-from engine.recording import record
+from engine.recording import record, tap
 from tests.engine.test_model import EXACT, SHAPE, decoder, furthest, text, turned
 
 VALUE = 8  # bytes of a float64
@@ -338,6 +338,12 @@ def test_reading_is_the_same_unrecorded_and_can_be_stopped():
         recorded = read(model, ids, policies())
     assert read(model, ids, policies()) == recorded
     assert read(model, ids.tolist(), {"anew": Policy(Recompute(6))})["anew"] == pytest.approx(recorded["recompute"])
+
+    taps = []
+    with record() as recorder:
+        read(model, ids, policies(), on_token=lambda t: taps.append((t, tap("mine", t, ""))))
+    assert taps == [(t, t) for t in range(12)]
+    assert recorder.freeze().track("mine").at.tolist() == list(range(12))
 
     def stop(recorder):
         if recorder.step == 4:

@@ -153,11 +153,11 @@ def answers_by_reading(words):
     Shares nothing with the grammar: it matches the finished text with regular expressions.
     """
     found = {}
-    people, things, painted, notes, code = {}, {}, {}, {}, None
+    people, things, painted, notes, code, asking = {}, {}, {}, {}, None, False
     for sentence, at in sentences(words):
         line = " ".join(w for w in sentence if w != "<s>")
         if m := re.fullmatch(r"one day in the \w+|sing|remember \w+|in the \w+", line):
-            people, things, painted, notes, code = {}, {}, {}, {}, None
+            people, things, painted, notes, code, asking = {}, {}, {}, {}, None, False
         elif m := re.fullmatch(r"where is (?:the \w+ )?(\w+) \? in the (\w+)", line):
             holder = things.get(m[1]) if m[1] in things else people[m[1]]
             found[at + len(sentence) - 1] = holder
@@ -166,7 +166,7 @@ def answers_by_reading(words):
             found[at + len(sentence) - 1] = things[m[2]]
         elif m := re.fullmatch(r"what colour is the (\w+) \? (\w+)", line):
             found[at + len(sentence) - 1] = painted[m[1]]
-        elif m := re.fullmatch(r"what is the code \? (\w+) (\w+) (\w+)", line):
+        elif m := re.fullmatch(r"what is the code \? the code is (\w+) (\w+) (\w+)", line):
             found |= dict(zip(range(at + len(sentence) - 3, at + len(sentence)), code, strict=True))
         elif m := re.fullmatch(r"the code is (\w+) (\w+) (\w+)", line):
             code = m.groups()
@@ -188,14 +188,16 @@ def answers_by_reading(words):
         elif m := re.fullmatch(r"(\w+) paints the (\w+) (\w+) (\w+)", line):
             assert painted[m[3]] == m[2]
             painted[m[3]] = m[4]
-        elif m := re.fullmatch(r"(\w+) \? (\w+)", line):
-            found[at + 2] = notes[m[1]]
+        elif m := re.fullmatch(r"now \? (\w+) (\w+)", line):
+            found[at + 3], asking = notes[m[1]], True
         elif m := re.fullmatch(r"(\w+) (\w+)", line):
-            if line != "night falls":
+            if asking:
+                found[at + 1] = notes[m[1]]
+            elif line != "night falls":
                 assert m[1] not in notes
                 notes[m[1]] = m[2]
         else:
-            assert re.fullmatch(r"the (\w+) \w+ the \w+|now|(\w+ )*again|(\w+ ?)+", line), line
+            assert re.fullmatch(r"the (\w+) \w+ the \w+|(\w+ )*again|(\w+ ?)+", line), line
     return found
 
 
@@ -212,13 +214,14 @@ def test_every_answer_follows_from_the_text_before(kind):
 
 
 def test_answers_are_certain_and_nothing_else_is_asked():
-    """An answer has surprisal 0, stands after its question mark, and is no other kind of determined word."""
+    """An answer costs nothing, a question mark stands before it in its sentence, and singing again is no answer."""
     for kind in ("home", "few", "many", "secret"):
         drawn = told(kind)
         for i, answer in enumerate(drawn.answers):
             if answer:
                 assert drawn.nats[i] == 0
-                assert "?" in drawn.words[i - 3 : i]
+                since = drawn.words[i - 1 :: -1]
+                assert since.index("?") < since.index(".")
     assert not any(told("song").answers)
 
 
@@ -232,8 +235,8 @@ def test_pairs_question(pairs, seed):
     assert len(listed) == 3 * pairs - 1
     table = dict(zip(listed[::3], listed[1::3], strict=True))
     assert len(table) == pairs
-    assert table[prompt[-2]] == question.answer
-    assert [prompt[i] for i in question.fact] == [prompt[-2], question.answer]
+    assert table[prompt[-1]] == question.answer
+    assert [prompt[i] for i in question.fact] == [prompt[-1], question.answer]
     if pairs <= FULL.pairs:  # a text of the very grammar that models are trained on
         assert len(list(follow(text(FULL), [*prompt, question.answer]))) == len(ids) + 2
 
@@ -243,7 +246,7 @@ def test_pairs_question(pairs, seed):
 def test_passkey_question(before, after, seed):
     question = passkey_question(FULL, before=before, after=after, seed=seed)
     ids = WORDS.encode(question.prompt)
-    assert len(ids) == 5 + 6 * before + 7 + 6 * after + 5
+    assert len(ids) == 5 + 6 * before + 7 + 6 * after + 8
     assert WORDS.decode([ids[i] for i in question.fact]) == question.answer
     assert question.fact.start == 5 + 6 * before + 3
     assert list(follow(text(FULL), WORDS.pieces(ids + WORDS.encode(question.answer))))

@@ -9,27 +9,28 @@ import pytest
 import torch
 
 from engine import checkpoints, train
+from engine.mimetic import mimetic
 from engine.model import Decoder, Shape
 from engine.recording import record
 from engine.toyland import Grammar, batch
 from engine.train import Recipe, Stage
 from engine.weights import sha256
 
-SMALL = Shape(vocab=256, width=16, layers=2, heads=2, kv_heads=2, head_width=8, ffn_width=24, max_positions=64)
+SMALL = Shape(vocab=256, width=16, layers=2, heads=2, kv_heads=2, head_width=8, ffn_width=24, max_positions=256)
 RECIPE = Recipe(
     lambda seed: Decoder(SMALL, seed=seed), "tiny", stages=(Stage(4, 2, 16), Stage(3, 2, 24)), warmup=2, rate=1e-2
 )
 ZOO = checkpoints.manifest()
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
 def stop_after(steps):
     def progress(done, total, loss):
         if done == steps:
-            raise Stopped
+            raise StoppedError
 
     return progress
 
@@ -46,8 +47,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("at", [1, 3, 4, 5, 6])
 def test_resumed_equals_uninterrupted(tmp_path, at):
-    """Stopped at `at` of 7 steps, also at the border between stages; a checkpoint at every step."""
-    with pytest.raises(Stopped):
+    """StoppedError at `at` of 7 steps, also at the border between stages; a checkpoint at every step."""
+    with pytest.raises(StoppedError):
         trained(folder=tmp_path, every=-1.0, progress=stop_after(at))
     done = []
     resumed = trained(folder=tmp_path, progress=lambda step, *_: done.append(step))
@@ -58,7 +59,7 @@ def test_resumed_equals_uninterrupted(tmp_path, at):
 def test_a_finished_run_is_not_run_again(tmp_path):
     first = trained(folder=tmp_path)
     assert same(trained(folder=tmp_path, progress=stop_after(1)), first)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         trained(folder=tmp_path, progress=stop_after(1), resume=False)
 
 
@@ -98,16 +99,14 @@ def test_recording_changes_nothing_and_shows_the_curve():
 def test_a_recorder_may_stop_it():
     def on_step(recorder):
         if recorder.step == 3:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped), record(on_step=on_step) as recorder:
+    with pytest.raises(StoppedError), record(on_step=on_step) as recorder:
         trained()
     assert recorder.so_far().steps == 3
 
 
 def test_weights_follow_from_the_seed():
-    model = train.train
-    del model
     one, other = (Decoder(SMALL, seed=seed) for seed in (1, 1))
     train.train(one, replace(RECIPE, seed=1))
     train.train(other, replace(RECIPE, seed=2))
@@ -121,13 +120,40 @@ def test_steps_have_the_texts_of_their_stage():
     assert not torch.equal(RECIPE.text(0).ids, RECIPE.text(1).ids)
 
 
-def test_rate_rises_then_falls_to_a_tenth():
+def test_rate_rises_then_falls_to_nothing():
     recipe = replace(RECIPE, stages=(Stage(1000, 2, 16),), warmup=100, rate=1.0)
     rates = [recipe.rate_at(at) for at in range(1000)]
     assert rates[0] == pytest.approx(0.01, rel=0.01)
     assert max(rates) == pytest.approx(1, abs=0.03)
     assert rates[100:] == sorted(rates[100:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[-1] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@torch.no_grad()
+def test_mimetic_start_lets_like_find_like(kv_heads):
+    """Same token: a score of `sharpness` before RoPE; another: about 0. out · value is close to gain · identity."""
+    shape = Shape(vocab=8, width=128, layers=2, heads=4, kv_heads=kv_heads, head_width=32, ffn_width=16)
+    plain, model = Decoder(shape, seed=3), mimetic(Decoder(shape, seed=3), seed=5, sharpness=3.0, gain=0.5)
+    x = torch.nn.functional.normalize(torch.randn(200, 128, generator=torch.Generator().manual_seed(0))) * 128**0.5
+    for layer in range(2):
+        mixer = model.blocks[layer].mixer
+        qkv = (x @ mixer.qkv.weight.T).view(200, 4 + 2 * kv_heads, 32).transpose(0, 1)
+        q, k, v = qkv[:4], qkv[4 : 4 + kv_heads], qkv[4 + kv_heads :]
+        scores = q @ k.repeat_interleave(4 // kv_heads, 0).mT / 32**0.5  # H 200 200
+        own = scores.diagonal(dim1=1, dim2=2)
+        assert own.mean() == pytest.approx(3, rel=0.1)
+        other = scores[:, ~torch.eye(200, dtype=torch.bool)]
+        assert other.mean().abs() < 0.1
+        assert other.std() < 0.8
+        copied = v.repeat_interleave(4 // kv_heads, 0).transpose(0, 1).reshape(200, 128) @ mixer.out.weight.T
+        gain = (copied * x).sum(-1) / 128
+        assert gain.mean() == pytest.approx(0.5, rel=0.1)
+    for name, value in plain.state_dict().items():
+        same_as_before = torch.equal(value, model.state_dict()[name])
+        assert same_as_before == (".mixer." not in name)
+    again = mimetic(Decoder(shape, seed=3), seed=5, sharpness=3.0, gain=0.5)
+    assert same(model.state_dict(), again.state_dict())
 
 
 def test_measure_is_cross_entropy_and_counts_only_answers():

@@ -32,7 +32,7 @@ def ends(lesson, *, low):
 
 
 def cases():
-    """Each lesson at its defaults on the model that it starts with; ends and every choice on the toy, which is quick."""
+    """Each lesson at its defaults on the model it starts with; ends and every choice on the toy, which is quick."""
     for slug, lesson in all_lessons().items():
         models = "model" in lesson.knobs.names()
         real = models and lesson.knobs.param["model"].default == REAL
@@ -93,7 +93,7 @@ def test_a_lesson_runs_draws_and_measures_its_claims(slug, values):
         assert claim["measured"]
         assert "could not be computed" not in claim["why"], claim
         if claim["verdict"] != "agrees":
-            assert claim["why"], f"{claim['claim'] if 'claim' in claim else claim}: {claim['verdict']}, but not why"
+            assert claim["why"], f"{claim}: {claim['verdict']}, but not why"
     for mark in found.marks:
         assert 0 <= mark["step"] < recording.steps
         assert mark["label"]

@@ -229,7 +229,7 @@ def test_someone_who_types_keeps_their_keys(show):
     assert sent[-1]["values"]["prompt"].endswith(" k.t, ")
 
 
-NASTY = "<img src=x onerror=\"window.hit=1\"><script>window.hit=1</script>"
+NASTY = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
 
 
 def test_markup_from_outside_is_text(show):
@@ -319,3 +319,38 @@ def test_less_motion_means_a_jump_instead_of_a_glide(show, chromium_page):
     watched.page.keyboard.press("Space")
     watched.page.wait_for_timeout(120)
     assert watched.page.evaluate("leanscope.step") == 20
+
+
+def test_a_new_run_takes_the_stage_with_its_first_rows_and_keeps_the_step(show):
+    """Turning a knob must neither blink nor lose the place: the old picture stays until the new one has something."""
+    watched = show("many")
+    page = watched.page
+    go(watched, 5)
+    old = page.locator("canvas.pixels").first.element_handle()
+    data = saved("many", PAGES["many"])
+    picture, rows = (next(m for m in data["messages"] if m["type"] == kind) for kind in ("picture", "rows"))
+    page.evaluate("m => double.play(m)", {"type": "run", "run": "r2", "state": "running", "steps": 0, "total": 128})
+    page.evaluate("m => double.play(m)", plain({**picture, "run": "r2"}))
+    page.wait_for_timeout(200)
+    assert old.evaluate("canvas => canvas.isConnected")
+    assert page.evaluate("[leanscope.step, leanscope.steps]") == [5, 128]
+    page.evaluate("m => double.play(m)", plain({**rows, "run": "r2"}))
+    watched.until("leanscope.step === 5")
+    assert not old.evaluate("canvas => canvas.isConnected")
+    page.evaluate("m => double.play(m)", plain({**rows, "run": "r1"}))  # too late: nobody looks at that run any more
+    assert page.evaluate("leanscope.steps") == 128
+
+
+def test_a_complaint_stands_at_its_field_and_goes_when_the_knob_is_turned(show):
+    page = show("decode").page
+    about = {"type": "notice", "text": "Temperature must be from 0 to 2, not 9.", "level": "warning"}
+    page.evaluate("m => double.play(m)", {**about, "knob": "temperature"})
+    error = page.locator("#error-temperature")
+    error.wait_for()
+    assert error.text_content() == about["text"]
+    assert page.locator("#knob-temperature").get_attribute("aria-invalid") == "true"
+    assert page.locator(".notice:not(.away)").count() == 0
+    page.locator("#knob-temperature").fill("1.5")
+    assert error.is_hidden()
+    page.evaluate("m => double.play(m)", {"type": "notice", "text": "SmolLM2 is not here.", "level": "info"})
+    page.get_by_text("SmolLM2 is not here.").wait_for()

@@ -115,7 +115,13 @@ def test_recorded_states_fade_and_grow():
     assert mask.shape == (2, 8, 8)
     assert mask.min() == 0
     assert mask.max() == 1
-    assert recording.has("retention.scores", layer=0)
+    scores = recording.track("retention.scores", layer=0).chunks[0].array
+    q = torch.tensor(recording.stack("attention.q", layer=0))[:, :, :8]
+    x = model.blocks[0].norm1(model.embed(ids)).detach()
+    plain = model.blocks[0].mixer.qkv(x).view(1, 10, 6, 6).transpose(1, 2)[:, 2:4].detach()
+    rotated = model._rope(x).rotate(plain, range(10))[:, :, :8]
+    expected = q @ rotated.mT / 6**0.5 * torch.tensor(mask)  # the paper's root of the key width
+    torch.testing.assert_close(torch.tensor(scores), expected, rtol=0, atol=1e-12)
     assert recording.has("retention.gate", layer=0)
 
 
