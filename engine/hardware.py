@@ -7,6 +7,7 @@ The device is chosen in this file and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -154,6 +155,20 @@ def _best(work: Callable[[], object], where: torch.device, *, seconds: float) ->
             torch.cuda.synchronize(where)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def fast_dtype(where: torch.device | None = None) -> torch.dtype:
+    """bfloat16 where its products are native (CUDA, or a CPU that lists avx512_bf16 or amx_bf16), else float32.
+
+    Where they are not, bfloat16 is emulated, and slower than float32.
+    """
+    if (where or device()).type == "cuda":
+        return torch.bfloat16
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if "avx512_bf16" in flags or "amx_bf16" in flags:
+            return torch.bfloat16
+    return torch.float32
 
 
 def _cpu_name() -> str:

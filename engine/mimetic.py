@@ -1,38 +1,71 @@
-"""A head start for attention: begin as a trained model looks, so that like finds like from the first step.
+"""A head start for attention: begin a little as trained models look, and skip the long wait for induction.
 
-"Mimetic Initialization of Self-Attention Layers" (Trockman and Kolter, arXiv:2305.09828), section 3: in trained
-models W_Q W_Kᵀ is close to a multiple of the identity plus noise, and so is W_V W_proj; start there.
-Paper -> here: W_Q, W_K, W_V = the rows of `qkv`; W_proj = `out`; beta_1 = `sharpness`, beta_2 = `gain`.
-Deviations: both products are low-rank and drawn once (q = k, out = vᵀ) instead of factored by an SVD, and the second
-is positive: a head then copies what it looks at. Then a head that looks one token back makes the next layer's
-"find what followed this word" a matter of a few hundred steps on Toyland rather than thousands.
+In trained language models some heads of the first layers look one token back, and later ones find what followed this
+token before ("In-context Learning and Induction Heads", Olsson et al., arXiv:2209.11895): the second kind cannot
+begin to form before the first has, and on Toyland plain random weights wait thousands of steps for it. Recurrent
+mixers need no such help: RWKV's token shift and Mamba's short convolution look one token back by construction.
+"Mimetic Initialization of Self-Attention Layers" (Trockman and Kolter, arXiv:2305.09828), section 3: start where
+trained weights end up, here W_V W_proj near a multiple of the identity. Paper -> here: W_V = rows of `qkv`,
+W_proj = `out`, beta_2 = `gain`.
+Deviations: the product is low-rank (out = gain vᵀ) and positive, so that a head copies what it looks at; the paper's
+W_Q W_Kᵀ is left out (tried: no gain here); heads that look back, in the first layer only, are not in the paper.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from engine.mixers.softmax import SoftmaxAttention
 from engine.model import Decoder
 
+# Of the fastest four of RoPE's frequencies, the share of each: the sum of cosines is high at one distance only.
+SHARES = (4 / 9, 2 / 9, 2 / 9, 1 / 9)
+
 
 @torch.no_grad()
-def mimetic(model: Decoder, *, seed: int, sharpness: float = 3.0, gain: float = 0.5) -> Decoder:
-    """Refill the softmax attention of `model` in place, on top of what is there; returns the model.
+def mimetic(
+    model: Decoder, *, seed: int, offsets: Sequence[int] = (1, 2, 3), sharpness: float = 20.0, gain: float = 0.5
+) -> Decoder:
+    """Refill the softmax attention of `model` in place; returns the model.
 
-    `sharpness` is the score (in nats, before RoPE) of a token for a key of its own kind, where others score about 0.
-    Query heads that share a key head differ by what the model was filled with before.
+    Every head copies what it looks at, `gain` times. In the first layer, head i looks `offsets[i]` tokens back, with a
+    score of `sharpness`. For that all embeddings share one direction, as long as an embedding is: tied or not,
+    logits do not notice a shift that all tokens share.
     """
     generator = torch.Generator().manual_seed(seed)
-    for mixer in model.modules():
+    shape = model.shape
+    common = torch.randn(shape.width, generator=generator)
+    common /= common.norm()
+    looks = sum(s**0.5 * _unit(i, shape.head_width) for i, s in enumerate(SHARES))
+    # A normed embedding has length √W, of which half its square lies along `common`.
+    looks = looks * (sharpness * shape.head_width**0.5 / (shape.width / 2)) ** 0.5
+    for layer, block in enumerate(model.blocks):
+        mixer = block.mixer
         if not isinstance(mixer, SoftmaxAttention) or mixer.qkv.weight.is_meta:
             continue
         H, G, D = mixer.heads, mixer.kv_heads, mixer.head_width
-        W = mixer.qkv.in_features
-        std = (sharpness / (D**0.5 * W)) ** 0.5  # |k x|² / √D = sharpness for a normed x, whose length is √W
-        k = torch.randn(G, D, W, generator=generator) * std
-        v = torch.randn(G, D, W, generator=generator) / W**0.5
-        shared = torch.cat([k.repeat_interleave(H // G, 0), k, v]).reshape(-1, W)
-        mixer.qkv.weight += shared
-        mixer.out.weight += gain * v.repeat_interleave(H // G, 0).reshape(-1, W).T
+        v = torch.randn(G, D, shape.width, generator=generator) / shape.width**0.5
+        mixer.qkv.weight[-G * D :] = v.flatten(0, 1)
+        mixer.out.weight.copy_(gain * v.repeat_interleave(H // G, 0).flatten(0, 1).T)
+        if layer == 0 and offsets:
+            model.embed.weight += common * model.embed.weight.norm(dim=1).mean()
+            rows = mixer.qkv.weight[: (H + G) * D].view(H + G, D, shape.width)
+            for head, offset in zip(range(H), offsets, strict=False):
+                rows[head] += _turned_back(looks, offset, base=shape.rope_base)[:, None] * common
+            rows[H:] += looks[:, None] * common
     return model
+
+
+def _unit(i: int, width: int) -> Tensor:
+    return torch.eye(width)[i]
+
+
+def _turned_back(x: Tensor, positions: int, *, base: float) -> Tensor:
+    """x [D] as RoPE would turn it at `-positions`: a query turned so meets the keys of so many tokens before."""
+    half = len(x) // 2
+    angle = positions * base ** (-torch.arange(half) / half)
+    a, b = x[:half], x[half:]
+    return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()])

@@ -32,16 +32,16 @@ MIN_READ = 4  # tokens past the window before a mean means anything
 
 class Turn(Knobs):
     model = choice()
-    window = param.Integer(64, bounds=(16, 128), label="Window", doc="Slots that each bounded cache has.")
+    window = param.Integer(48, bounds=(16, 128), label="Window", doc="Slots that each bounded cache has.")
     sinks = param.Integer(4, bounds=(0, 8), label="Sinks", doc="First tokens that are never evicted.")
     pinned = param.Boolean(True, label="Sink switch", doc="Off: the last strip forgets its first tokens too.")
-    text = param.Selector(default="lighthouse", objects=dict(NAMES), label="Text", doc="What the model reads.")
+    text = param.Selector(default="bread", objects=dict(NAMES), label="Text", doc="What the model reads.")
     own = param.String("Once upon a time", label="Your own text", doc="Read when Text is “Your own”.")
-    tokens = param.Integer(224, bounds=(96, 320), label="Tokens read", doc="How much of the text is read.")
+    tokens = param.Integer(192, bounds=(96, 320), label="Tokens read", doc="How much of the text is read.")
 
 
 def run(knobs: Turn) -> None:
-    model, tokenizer = load(knobs.model)
+    model, tokenizer = load(knobs.model, fast=True)
     toy = knobs.model == TOY
     ids = text_ids(tokenizer, knobs.text, knobs.own, toy=toy, tokens=knobs.tokens)
     window, pins = min(knobs.window, len(ids) - 2), knobs.sinks if knobs.pinned else 0
@@ -298,7 +298,7 @@ BEATS = (
         "[[Perplexity]] tells how many tokens a model hesitates between; with all its memory it reads the rest of this "
         "text at {ppl_dense:.1f}.",
         scene="read", step="before",
-        predict=Predict("What will the window’s be, once that token is gone?", (18, 25, 50, 200), "ppl_window"),
+        predict=Predict("What will the window’s be, once that token is gone?", (36, 60, 120, 240), "ppl_window"),
     ),
     Beat(
         "The window has just slid past ==the first token|text==. Nothing the model needs to know was in it. Yet "
@@ -315,7 +315,7 @@ BEATS = (
         "So pin it. ==The last strip|strips== keeps the first {sinks} tokens for ever, and {rest} recent ones: not one "
         "slot more than the window has.",
         scene="read", step="after",
-        predict=Predict("With the first tokens pinned, perplexity will be about", (18, 25, 35, 50), "ppl_sinks"),
+        predict=Predict("With the first tokens pinned, perplexity will be about", (36, 45, 120, 240), "ppl_sinks"),
     ),
     Beat(
         "It heals: {ppl_sinks:.1f}. ==The violet strip|strips== heals too: it reads its window from scratch for every "
@@ -422,5 +422,6 @@ LESSON = Lesson(
     marks=marks,
     glossary=GLOSSARY,
     step_word="token",
+    seconds=600,
     footnote="* Llama-2-13B, 65,000 tokens, as reported. Measured: this page, this text, this server.",
 )

@@ -12,7 +12,7 @@ from itertools import count as counting
 
 from engine.evaluate import Question
 from engine.toyland.entropy import Process, Text, write
-from engine.toyland.stories import Grammar, home, pairs, secret, song, text
+from engine.toyland.stories import FEWEST, Grammar, home, pairs, secret, song, text
 from engine.toyland.tokenizer import Tokenizer
 from engine.toyland.words import START
 
@@ -20,10 +20,13 @@ ENDLESS = 10_000  # words: longer than any one story
 
 
 def pairs_question(grammar: Grammar, *, pairs: int, seed: int) -> Question:
-    """Which value belongs to one key among `pairs` (associative recall): the key is any of them."""
+    """Which value belongs to one key among `pairs` (associative recall): the key is any of them.
+
+    More than `grammar.pairs` are more than training text ever holds.
+    """
     keys = len(grammar.names) + len(grammar.things)
-    if not 1 <= pairs <= keys:
-        raise ValueError(f"pairs must be between 1 and {keys}, not {pairs}")
+    if not FEWEST <= pairs <= keys:
+        raise ValueError(f"pairs must be between {FEWEST} and {keys}, not {pairs}")
     told = _tell("remember", _pairs(grammar, pairs), seed)
     key = told.words.index(told.words[-3])  # ... key value .
     return _question(told.words[:-2], told.words[-2:-1], range(key, key + 2))

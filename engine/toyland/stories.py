@@ -22,6 +22,7 @@ from engine.toyland.entropy import Answer, Offer, Process, any_of, offer
 from engine.toyland.words import COLOURS, DIGITS, NAMES, PLACES, START, THINGS, TOPIC_WORDS, TOPICS
 
 KINDS = ("home", "few", "many", "song", "secret")
+FEWEST = 3  # pairs in a list: fewer would ask for next to no memory
 ASKING = ("home", "few", "many", "secret")  # the kinds with questions
 
 
@@ -51,7 +52,7 @@ class Grammar:
         for name, value, low, high in (
             ("people", self.people, 2, len(self.names)),
             ("goods", self.goods, 1, min(len(self.things), len(self.colours) - 1)),  # one colour is left to paint with
-            ("pairs", self.pairs, 3, keys),
+            ("pairs", self.pairs, FEWEST, keys),
             ("song_length", self.song_length, 1, len(self.song_words)),
         ):
             if not low <= value <= high:
@@ -115,8 +116,7 @@ def pairs(grammar: Grammar, *, count: int | None = None, asked: int | None = Non
         if len(known) == limit:
             yield "."
             break
-        # Two pairs or one would ask for next to no memory.
-        mark = yield further if count is None and len(known) >= 3 else ","
+        mark = yield further if count is None and len(known) >= FEWEST else ","
         if mark == ".":
             break
     yield from say("now ?")

@@ -90,3 +90,11 @@ def test_bytes_and_flops_are_those_of_the_work_timed(monkeypatch):
     assert hardware.flops(torch.float32, torch.device("cpu")) == 4 * 2 * 256**3
     hardware._bandwidth.cache_clear()
     hardware._flops.cache_clear()
+
+
+def test_the_fast_dtype_is_native_here():
+    """bfloat16 only where the CPU says that it multiplies it, and always on a GPU."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    native = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert hardware.fast_dtype(torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+    assert hardware.fast_dtype(torch.device("cuda")) == torch.bfloat16

@@ -131,29 +131,30 @@ def test_rate_rises_then_falls_to_nothing():
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @torch.no_grad()
-def test_mimetic_start_lets_like_find_like(kv_heads):
-    """Same token: a score of `sharpness` before RoPE; another: about 0. out · value is close to gain · identity."""
-    shape = Shape(vocab=8, width=128, layers=2, heads=4, kv_heads=kv_heads, head_width=32, ffn_width=16)
-    plain, model = Decoder(shape, seed=3), mimetic(Decoder(shape, seed=3), seed=5, sharpness=3.0, gain=0.5)
-    x = torch.nn.functional.normalize(torch.randn(200, 128, generator=torch.Generator().manual_seed(0))) * 128**0.5
-    for layer in range(2):
-        mixer = model.blocks[layer].mixer
-        qkv = (x @ mixer.qkv.weight.T).view(200, 4 + 2 * kv_heads, 32).transpose(0, 1)
-        q, k, v = qkv[:4], qkv[4 : 4 + kv_heads], qkv[4 + kv_heads :]
-        scores = q @ k.repeat_interleave(4 // kv_heads, 0).mT / 32**0.5  # H 200 200
-        own = scores.diagonal(dim1=1, dim2=2)
-        assert own.mean() == pytest.approx(3, rel=0.1)
-        other = scores[:, ~torch.eye(200, dtype=torch.bool)]
-        assert other.mean().abs() < 0.1
-        assert other.std() < 0.8
-        copied = v.repeat_interleave(4 // kv_heads, 0).transpose(0, 1).reshape(200, 128) @ mixer.out.weight.T
-        gain = (copied * x).sum(-1) / 128
-        assert gain.mean() == pytest.approx(0.5, rel=0.1)
+def test_mimetic_heads_look_back_and_copy(kv_heads):
+    """In the first layer heads 0, 1, 2 look 1, 2, 3 tokens back, the last nowhere; all copy what they look at."""
+    shape = Shape(vocab=256, width=128, layers=2, heads=4, kv_heads=kv_heads, head_width=32, ffn_width=16)
+    plain, model = Decoder(shape, seed=3), mimetic(Decoder(shape, seed=3), seed=5, gain=0.5)
+    ids = torch.randint(0, 256, (2, 80), generator=torch.Generator().manual_seed(0))
+    with record(keep={"attention.pattern": {"layer": 0}}) as recorder:
+        logits = model(ids)
+    pattern = recorder.freeze().stack("attention.pattern", layer=0)  # B H T T
+    for head, offset in enumerate((1, 2, 3)):
+        assert pattern[:, head].diagonal(-offset, 1, 2)[:, 8:].mean() > 0.8
+    assert pattern[:, 3].diagonal(-1, 1, 2)[:, 8:].max() < 0.2
+    x = torch.randn(200, 128, generator=torch.Generator().manual_seed(0))
+    for block in model.blocks:
+        v = (x @ block.mixer.qkv.weight.T)[:, -32 * kv_heads :].view(200, kv_heads, 32)
+        copied = v.repeat_interleave(4 // kv_heads, 1).reshape(200, 128) @ block.mixer.out.weight.T
+        assert (copied * x).sum(-1).mean() / 128 == pytest.approx(0.5, rel=0.1)
     for name, value in plain.state_dict().items():
-        same_as_before = torch.equal(value, model.state_dict()[name])
-        assert same_as_before == (".mixer." not in name)
-    again = mimetic(Decoder(shape, seed=3), seed=5, sharpness=3.0, gain=0.5)
-    assert same(model.state_dict(), again.state_dict())
+        touched = ".mixer." in name or name == "embed.weight"
+        assert torch.equal(value, model.state_dict()[name]) != touched
+    shift = model.embed.weight - plain.embed.weight
+    assert shift == pytest.approx(shift[:1].expand_as(shift), abs=1e-6), "one direction for all tokens"
+    assert logits.std() < 1
+    assert same(model.state_dict(), mimetic(Decoder(shape, seed=3), seed=5, gain=0.5).state_dict())
+    assert not same(model.state_dict(), mimetic(Decoder(shape, seed=3), seed=6, gain=0.5).state_dict())
 
 
 def test_measure_is_cross_entropy_and_counts_only_answers():
