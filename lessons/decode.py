@@ -319,6 +319,6 @@ LESSON = Lesson(
     sources=("post", "lecture", "primer"), knobs=Turn, run=run, keep=keep, beats=BEATS, scenes=SCENES, claims=CLAIMS,
     code=("engine.mixers.softmax:SoftmaxAttention", "engine.caches.full:Full", "engine.generate:generate"),
     looks=frozenset({"layer", "head"}), bounded_by={"layer": "layers", "head": "heads"}, facts=facts, marks=marks,
-    glossary=GLOSSARY, step_word="token",
+    glossary=GLOSSARY, step_word="token", seconds=300,
 )
 # fmt: on

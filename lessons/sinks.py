@@ -400,7 +400,7 @@ SCENES = (
 
 
 def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
-    sites = ("surprisal", "cache.kept", "attention.first", "residual.*", "read.*", "sinks.*")
+    sites = ("surprisal", "cache.kept", "attention.first", "residual.first", "residual.now", "read.*", "sinks.*")
     return {name: {} for name in sites}
 
 

@@ -104,7 +104,7 @@ def pairs(grammar: Grammar, *, count: int | None = None, asked: int | None = Non
     """(remember) few: anna red, kite attic. now? kite attic, anna red. Given `count`, so many pairs and no choice."""
     g = grammar
     size = yield offer((g.few, ["few"]), (g.many, ["many"]))
-    on = 0.95 if size == "many" else 0.8
+    on = 0.95 if size == "many" else 0.7
     further = offer((on, [","]), (1 - on, ["."]))
     keys, values = (*g.names, *g.things), any_of((*g.colours, *g.places))
     known: dict[str, str] = {}
@@ -121,6 +121,7 @@ def pairs(grammar: Grammar, *, count: int | None = None, asked: int | None = Non
             break
     yield from say("now ?")
     any_known, done = any_of(tuple(known)), 0
+    further = offer((0.92, [","]), (0.08, ["."]))
     while True:
         key = yield any_known
         yield Answer(known[key])

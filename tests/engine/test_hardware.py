@@ -1,6 +1,7 @@
 """Laws of a machine: nearer memory is smaller and not slower, and nothing computes faster than it is measured to."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
