@@ -11,9 +11,12 @@ import gzip
 import hashlib
 import mimetypes
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+FRESH = 2.0  # seconds for which the stage is taken to be as it was
 ICONS = Path(__file__).parent.parent / "assets" / "icons"
 
 
@@ -72,11 +75,21 @@ def scripts() -> tuple[str, ...]:
     return tuple(publish(path) for path in [*files, Path(__file__).parent / "start.js"])
 
 
-def stage() -> str:
-    """The name of the stage's module."""
+def stage_file() -> Path:
+    """The stage joined into one file. Joining takes milliseconds, so that a change is looked for once in a while."""
     from app.stage import bundle_file
 
-    return publish(Path(bundle_file()))
+    return _joined(int(time.monotonic() / FRESH), bundle_file)
+
+
+@functools.lru_cache(maxsize=1)
+def _joined(when: int, bundle_file: Callable[[], Path]) -> Path:
+    return Path(bundle_file())
+
+
+def stage() -> str:
+    """The name of the stage's module."""
+    return publish(stage_file())
 
 
 def icon() -> str:

@@ -16,7 +16,7 @@ from bokeh.util.token import generate_jwt_token, generate_session_id, get_sessio
 from panel.io.server import DocHandler, WSHandler
 from tornado.web import RequestHandler, authenticated
 
-from app import assets, fonts, link, shell
+from app import assets, fonts, link, page, shell
 from lessons import all_lessons
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,13 @@ class PageSocket(Routed, WSHandler):
         except Exception as error:  # a token that is no token, or has expired
             log.debug("a WebSocket was refused: %r", error)
         self.close(4404, "no such session")
+
+    def on_close(self) -> None:
+        session = self.connection.session if self.connection is not None else None
+        super().on_close()
+        if session is not None and session.connection_count == 0:
+            session.request_expiration()
+            page.abandon(session.document)
 
     async def on_message(self, fragment: str | bytes) -> None:
         if self.receiver is not None:  # before that, nobody has a reason to speak

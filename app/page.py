@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,7 @@ class Page(JSComponent):
 
     @classproperty
     def _bundle_path(cls) -> Path:  # noqa: N805
-        from app.stage import bundle_file
-
-        return Path(bundle_file())
+        return assets.stage_file()
 
     def _render_esm(self, compiled: Any = True, server: bool = False) -> str:  # type: ignore[override]
         return f"{self._up}assets/{assets.stage()}"
@@ -117,7 +116,17 @@ def build(doc: Document, address: Address, runs: Runs) -> None:
     page.server_doc(doc, f"{lesson.title} · Leanscope", location=False)
     session = Session(lesson, place, runs, functools.partial(post, doc, doc.roots[0]), present=address.present)
     page.session = session
+    _sessions[doc] = session
     doc.on_session_destroyed(lambda context: session.close())
+
+
+_sessions: weakref.WeakKeyDictionary[Document, Session] = weakref.WeakKeyDictionary()
+
+
+def abandon(doc: Document) -> None:
+    """Its browser is gone, and does not come back to this session: end it now rather than when Bokeh looks."""
+    if doc in _sessions:
+        _sessions.pop(doc).close()
 
 
 async def post(doc: Document, root: Model, messages: list[Message]) -> None:

@@ -25,7 +25,7 @@ from panel.io.server import Server
 from tornado.ioloop import IOLoop
 
 from app import assets, fonts, handlers, page
-from app.runs import Runs, with_available_model
+from app.runs import Runs, code_version, with_available_model
 from app.store import Store
 from lessons import all_lessons
 
@@ -163,6 +163,7 @@ def _check_address(address: str, port: int) -> None:
 
 def _warm(runs: Runs, lessons: bool) -> None:
     """Run each lesson at its defaults, one after the other, so that the first visitor finds them done."""
+    code_version()  # reads all sources once, which no visitor should wait for
     for lesson in all_lessons().values() if lessons else ():
         done = threading.Event()
         run = runs.ask(lesson, with_available_model(lesson.knobs())[0], done.set, patient=True)

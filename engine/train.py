@@ -1,7 +1,7 @@
 """One short training loop, and the recipes of the zoo: every toy that ships can be made again from its name.
 
-AdamW (arXiv:1711.05101) with warm-up and cosine decay. Texts grow longer from stage to stage at the same number of
-tokens a step, because a model finds out how to look things up much sooner in short texts. Weights, texts and their
+AdamW (arXiv:1711.05101) with warm-up and cosine decay. Texts grow longer from stage to stage, because a
+model finds out how to look things up much sooner in short texts. Weights, texts and their
 order follow from the seed. A checkpoint holds weights, optimiser moments and the step: a training that was stopped
 goes on where it was, bit for bit.
 """
@@ -75,12 +75,12 @@ class Recipe:
     make: Callable[[int], Decoder]
     about: str
     stages: tuple[Stage, ...] = (
-        Stage(1000, 16, 64, DRILL),
-        Stage(1500, 16, 64),
-        Stage(1000, 16, 128),
-        Stage(1000, 16, 256),
+        Stage(600, 16, 64, DRILL),
+        Stage(1200, 16, 64),
+        Stage(800, 16, 128),
+        Stage(1200, 16, 256),
     )
-    rate: float = 1e-3
+    rate: float = 1.5e-3
     warmup: int = 100
     decay: float = 0.1
     seed: int = 0

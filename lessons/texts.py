@@ -23,8 +23,8 @@ her, the village, the fields behind it, and on the other side of the water, wher
 was nothing, a second tower."""
 
 BREAD = """\
-The bread rises because yeast eats sugar and breathes out gas. When flour is mixed with water, two proteins in the flour \
-join and form gluten, a stretchy network that runs through the whole dough. Kneading pulls this network straight and \
+The bread rises because yeast eats sugar and breathes out gas. When flour is mixed with water, two proteins in the \
+flour join and form gluten, a stretchy network that runs through the whole dough. Kneading pulls it straight and \
 makes it strong. The yeast, a small fungus, finds sugar in the flour and turns it into carbon dioxide and alcohol. The \
 gas cannot leave, because the gluten holds it, and so the dough fills with thousands of small bubbles and grows. Warm \
 dough rises quickly, because yeast works best at about thirty degrees; in a refrigerator the same dough may need a \

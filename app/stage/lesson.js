@@ -121,9 +121,13 @@ export function lessonPage({ root, model, places, theme }) {
   );
 
   let drawn = false;
+  let drawnRun = "";
   let placed = -1;
   player.listen(({ step, redraw }) => {
-    if (redraw && scenes.draw(step)) drawn = true;
+    if (redraw && scenes.draw(step)) {
+      drawn = true;
+      drawnRun = scenes.store.run;
+    }
     if (step === placed) return;
     placed = step;
     sendPlace();
@@ -170,7 +174,7 @@ export function lessonPage({ root, model, places, theme }) {
   if (start.present) present.toggle();
   (start.notices || []).forEach((text) => notices.add(text, "warning"));
   begin();
-  expose({ lesson, player, ready: () => drawn });
+  expose({ lesson, player, ready: () => drawn, run: () => drawnRun });
   send({ type: "ready" });
 
   /** Where the link says; else where the first beat says; else at the newest step. */

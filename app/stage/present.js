@@ -17,7 +17,7 @@ export function presenting(root) {
 }
 
 /** What tests and teachers' scripts may read; nothing that they could change. */
-export function expose({ lesson, player, ready }) {
+export function expose({ lesson, player, ready, run }) {
   const view = Object.freeze({
     get lesson() {
       return lesson.slug;
@@ -33,6 +33,10 @@ export function expose({ lesson, player, ready }) {
     },
     get frames() {
       return player.frames;
+    },
+    /** Which run the picture shows. */
+    get run() {
+      return run();
     },
   });
   Object.defineProperty(window, "leanscope", { value: view, configurable: true });

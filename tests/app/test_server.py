@@ -418,6 +418,22 @@ def test_a_slow_visitor_does_not_hold_up_another(server: Server) -> None:
     tried(story)
 
 
+def test_who_closes_the_page_takes_the_run_along(server: Server) -> None:
+    async def story() -> None:
+        visitor = await Visitor.arrive(f"{server.url}/lesson/waves", page(server))
+        visitor.say({"type": "ready"})
+        visitor.say({"type": "knobs", "values": {"steps": 290, "pause": 0.009}})
+        await visitor.hear(lambda m: m["type"] == "rows" and m["start"] > 5)
+        assert json.loads(get(server, "/healthz")[2])["runs"]["live"] == 1
+        visitor.socket.close()
+        began = time.monotonic()
+        while json.loads(get(server, "/healthz")[2])["runs"]["live"]:
+            assert time.monotonic() - began < 1.5, "it runs on for nobody"
+            await asyncio.sleep(0.05)
+
+    tried(story)
+
+
 # One server of its own for each of these
 
 

@@ -3,6 +3,7 @@ sentence for whatever is not there. Folders and SmolLM2 have tests of their own.
 
 import json
 import threading
+import time
 from dataclasses import asdict
 
 import pytest
@@ -78,8 +79,14 @@ def test_threads_that_ask_at_once_share_one_instance(zoo, monkeypatch):
     together = threading.Barrier(4)
     made = []
     parts = checkpoints._toy_parts
-    monkeypatch.setattr(checkpoints, "_toy_parts", lambda recipe: made.append(recipe) or parts(recipe))
     found = []
+
+    def slowly(recipe):
+        made.append(recipe)
+        time.sleep(0.05)  # so that whoever does not wait its turn is seen
+        return parts(recipe)
+
+    monkeypatch.setattr(checkpoints, "_toy_parts", slowly)
 
     def ask():
         together.wait()

@@ -23,8 +23,8 @@ from engine.checkpoints import ModelUnavailable, fetch_smollm2, load
 from engine.weights import sha256
 
 LETTERS = sorted(ByteLevel.alphabet())
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "Ġt", "he", "Ġthe"]
-MERGES = ["Ġ t", "h e", "Ġt he"]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, "Ġt", "he", "Ġthe", "12"]
+MERGES = ["Ġ t", "h e", "Ġt he", "1 2"]  # digits must be set apart before they can merge
 
 
 def pair_up(weight: np.ndarray, heads: int) -> np.ndarray:

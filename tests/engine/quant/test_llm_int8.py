@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.quant.affine import quantise
+from engine.quant.affine import Grid, quantise
 from engine.quant.integer import integer_matmul
 from engine.quant.llm_int8 import OUTPUTS, ROWS, LLMInt8Linear, llm_int8_matmul, outlier_channels
 from engine.quant.smoothquant import migration
@@ -32,6 +32,12 @@ def test_threshold_zero_is_exact(seed, rows):
     assert (parts.int8_part == 0).all()
     linear = torch.nn.Linear(16, 7).double()
     assert torch.allclose(LLMInt8Linear(linear, threshold=0.0)(x), linear(x), rtol=0, atol=1e-14)
+
+
+def test_a_channel_is_an_outlier_when_any_token_reaches_the_threshold():
+    x = torch.tensor([[1.0, -6.0, 5.9, 0.0], [1.0, 2.0, -5.9, 0.0]])
+    assert outlier_channels(x, threshold=6.0).tolist() == [False, True, False, False]
+    assert outlier_channels(x, threshold=0.0).all()
 
 
 @given(st.integers(0, 2**31))
@@ -62,8 +68,6 @@ def test_two_channels_spoil_per_tensor_and_decomposition_restores():
 
     def error(y):
         return float((y - exact).norm() / exact.norm())
-
-    from engine.quant.affine import Grid
 
     plain = error(integer_matmul(quantise(x, Grid(8)), quantise(w, Grid(8)))[0])
     vector = error(llm_int8_matmul(x, w, threshold=math.inf).int8_part)
