@@ -252,7 +252,7 @@ ATTENTION = Heatmaps(
 def _part(name: str, title: str, colour: str, **more: Any) -> Heatmaps:
     """Queries, keys or values of the layer: a row a token, lit where this step computed it."""
     rows = "query" if name == "queries" else "key"
-    shared = {"columns": "width", "facet": "head", "row_labels": "tokens", "lit": of(FIRST), "span": 4}
+    shared: dict[str, Any] = {"columns": "width", "facet": "head", "row_labels": "tokens", "lit": of(FIRST), "span": 4}
     return Heatmaps(name=name, title=title, rows=rows, colours=colour, **shared, **more)
 
 

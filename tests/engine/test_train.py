@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoints, train
+from engine import checkpoints, recipes, train
 from engine.mimetic import mimetic
 from engine.model import Decoder, Shape
+from engine.recipes import Recipe, Stage
 from engine.recording import record
 from engine.toyland import Grammar, batch
-from engine.train import Recipe, Stage
 from engine.weights import sha256
 
 SMALL = Shape(vocab=256, width=16, layers=2, heads=2, kv_heads=2, head_width=8, ffn_width=24, max_positions=256)
@@ -184,7 +184,7 @@ def test_measure_is_cross_entropy_and_counts_only_answers():
 
 
 def test_train_to_assets_writes_weights_and_manifest(tmp_path, monkeypatch):
-    monkeypatch.setitem(train.RECIPES, "tiny", RECIPE)
+    monkeypatch.setitem(recipes.RECIPES, "tiny", RECIPE)
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "manifest.json").write_text('{"other": {"recipe": "other"}}')
     entry = train.train_to_assets("tiny", folder=tmp_path / "zoo", work=tmp_path / "work")
@@ -205,8 +205,8 @@ def test_train_to_assets_writes_weights_and_manifest(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
-        (lambda: train.find("gpt"), "gpt"),
-        (lambda: train.build("../toy"), "toy"),
+        (lambda: recipes.find("gpt"), "gpt"),
+        (lambda: recipes.build("../toy"), "toy"),
         (lambda: Stage(0, 1, 8), "steps"),
         (lambda: Stage(1, 0, 8), "rows"),
         (lambda: Stage(1, 1, 1), "length"),
@@ -225,7 +225,7 @@ def test_bad_input_is_named(wrong, names):
 def test_shipped_models_are_what_the_manifest_says(name):
     """Evaluated anew: the same texts, the same weights; other machines add in another order, hence 0.2%."""
     entry = ZOO[name]
-    recipe = train.find(entry["recipe"])
+    recipe = recipes.find(entry["recipe"])
     assert entry["data"] == train.data_digest(recipe), "the grammar changed since this model was trained"
     assert (entry["seed"], entry["steps"]) == (recipe.seed, recipe.steps)
     model, _ = checkpoints.load(name, dtype=torch.float32, device="cpu")

@@ -1,0 +1,98 @@
+"""The recipes of the zoo: every toy that ships can be made again from its name.
+
+Weights, texts and their order follow from the seed. All models start as `mimetic` has it and read the same texts, so
+that what differs between two of them is what their recipes say. Texts grow longer from stage to stage, because a
+model finds out how to look things up much sooner in short texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.mimetic import mimetic
+from engine.model import Decoder, Shape
+from engine.toyland import Batch, Grammar, batch
+from engine.toyland.words import SIZE
+
+TOY = Shape(
+    vocab=SIZE, width=128, layers=4, heads=4, kv_heads=4, head_width=32, ffn_width=344, max_positions=1024
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """So many steps, each on so many texts of so many tokens, written by `grammar`."""
+
+    steps: int
+    rows: int
+    length: int
+    grammar: Grammar = field(default_factory=Grammar)
+
+    def __post_init__(self) -> None:
+        for name, value, low in (("steps", self.steps, 1), ("rows", self.rows, 1), ("length", self.length, 2)):
+            if value < low:
+                raise ValueError(f"{name} of a stage must be at least {low}, not {value}")
+
+
+# First nothing but lists and songs: in them, looking up what followed a word pays at once.
+DRILL = Grammar(home=0.0, few=0.6, many=0.0, song=0.4, secret=0.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model of the zoo is made. `make(seed)` builds it untrained, `about` says what it is for."""
+
+    make: Callable[[int], Decoder]
+    about: str
+    stages: tuple[Stage, ...] = (
+        Stage(600, 16, 64, DRILL),
+        Stage(1200, 16, 64),
+        Stage(800, 16, 128),
+        Stage(1200, 16, 256),
+    )
+    rate: float = 1.5e-3
+    warmup: int = 100
+    decay: float = 0.1
+    seed: int = 0
+    grammar: Grammar = field(default_factory=Grammar)
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def text(self, at: int) -> Batch:
+        """The texts of step `at`: a function of the seed and the step alone, so that any step can be done again."""
+        left = at
+        for stage in self.stages:
+            if left < stage.steps:
+                return batch(stage.grammar, seed=self.seed, step=at, rows=stage.rows, length=stage.length)
+            left -= stage.steps
+        raise ValueError(f"step must be below {self.steps}, not {at}")
+
+    def rate_at(self, at: int) -> float:
+        """The learning rate of step `at`: straight up, then a cosine down to nothing."""
+        up = min(1.0, (at + 1) / self.warmup)
+        return self.rate * up * (0.5 + 0.5 * math.cos(math.pi * at / self.steps))
+
+
+RECIPES: dict[str, Recipe] = {
+    "toy": Recipe(
+        lambda seed: mimetic(Decoder(TOY, seed=seed), seed=seed),
+        "softmax attention with a key head for every query head (MHA)",
+    ),
+}
+
+
+def find(name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError, naming what there is."""
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}: take one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def build(name: str) -> Decoder:
+    """The model of that name, untrained."""
+    recipe = find(name)
+    return recipe.make(recipe.seed)
