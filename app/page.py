@@ -178,9 +178,13 @@ def about(slug: str) -> Message:
         "order": lesson.order,
         "sources": list(lesson.sources),
         "step_word": lesson.step_word,
+        "footnote": lesson.footnote,
         "glossary": dict(lesson.glossary),
         "beats": [dataclasses.asdict(beat) for beat in lesson.beats],
-        "knobs": [{**spec, "look": spec["name"] in lesson.looks} for spec in lesson.knobs.spec()],
+        "knobs": [
+            {**spec, "look": spec["name"] in lesson.looks, "bounded_by": lesson.bounded_by.get(spec["name"], "")}
+            for spec in lesson.knobs.spec()
+        ],
         "lessons": menu,
     }
 

@@ -37,6 +37,7 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
       renew(message.run);
       scenes.picture(message);
       beats.given({ name: message.model?.name });
+      knobs.bound(message.model || {});
       grow();
     },
     rows(message) {

@@ -50,6 +50,13 @@ export function createKnobs(specs, values, { send, turned }) {
       changed.forEach(([name, value]) => set(name, value, { quietly: true }));
       if (changed.length) tell();
     },
+    /** A slider ends where the run's model does: a toy has fewer layers than the real one. */
+    bound(model) {
+      for (const spec of specs) {
+        const count = model[spec.bounded_by];
+        if (count) fields.get(spec.name)?.end?.(Math.min(spec.high, count - 1), values[spec.name]);
+      }
+    },
     /** Show a server's complaint at its field; false when it is about no field here. */
     complain(message) {
       const spec = specs.find((s) => s.name === message.knob) || specs.find((s) => message.text.startsWith(`${s.label} `));
@@ -65,14 +72,21 @@ function slider(spec, set, value) {
   const places = (String(spec.step).split(".")[1] || "").length;
   const id = `knob-${spec.name}`;
   const input = make("input", { type: "range", id, min: spec.low, max: spec.high, step: spec.step, value });
-  const show = (now) => {
+  let high = spec.high;
+  const show = (wanted) => {
+    const now = Math.min(wanted, high);
     input.value = String(now);
     say(figure, format(Number(now), places ? `.${Math.min(3, places)}f` : ""));
-    input.style.setProperty("--share", `${(100 * (now - spec.low)) / (spec.high - spec.low || 1)}%`);
+    input.style.setProperty("--share", `${(100 * (now - spec.low)) / (high - spec.low || 1)}%`);
+  };
+  const end = (at, now) => {
+    high = at;
+    input.max = String(at);
+    show(now);
   };
   input.addEventListener("input", () => set(Number(input.value)));
   show(value);
-  return { node: make("div", { class: "knob" }, make("div", { class: "knob-head" }, make("label", { for: id }, spec.label), figure), input), input, show };
+  return { node: make("div", { class: "knob" }, make("div", { class: "knob-head" }, make("label", { for: id }, spec.label), figure), input), input, show, end };
 }
 
 function toggle(spec, set, value) {

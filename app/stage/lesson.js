@@ -90,7 +90,7 @@ export function lessonPage({ root, model, places, theme }) {
     if (player.playing) beats.played();
   });
   const transport = createTransport(player, lesson.step_word || "step", { toggle, taken: beats.taken, stop: () => send({ type: "stop" }) });
-  const tabs = createTabs(send, player);
+  const tabs = createTabs(send, player, lesson.footnote);
   const inbox = createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks });
   const present = presenting(root);
   const header = createHeader({ lesson, home: places.home, models, theme, present, share: () => inbox.href || location.href });

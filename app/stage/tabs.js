@@ -3,8 +3,8 @@ import { createCode } from "./code.js";
 import { fill, make, say } from "./dom.js";
 import { createTensors } from "./tensors.js";
 
-export function createTabs(send, player) {
-  const claims = createClaims();
+export function createTabs(send, player, footnote = "") {
+  const claims = createClaims(footnote);
   const code = createCode();
   const tensors = createTensors(send, player);
   const pages = [
@@ -68,17 +68,20 @@ export function createTabs(send, player) {
 const VERDICTS = { agrees: ["✓", "agrees"], differs: ["≠", "differs"], untestable: ["–", "not testable here"] };
 
 /** What the source says beside what this run measured. A table on wide screens, cards on a phone (by CSS). */
-function createClaims() {
+function createClaims(footnote) {
   const names = ["What the source says", "Formula, this run", "Reported", "Measured here", "Verdict"];
   const rows = make("tbody", {});
   const table = make("table", { class: "claims" }, make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name)))), rows);
   const waiting = make("p", { class: "waiting-text" }, "The claims are checked when the run is done.");
-  const element = make("div", {}, table, waiting);
+  const whose = make("p", { class: "claims-footnote" }, footnote);
+  const element = make("div", {}, table, waiting, whose);
   table.hidden = true;
+  whose.hidden = true;
 
   const show = (claims) => {
     table.hidden = !claims.length;
     waiting.hidden = claims.length > 0;
+    whose.hidden = !footnote || !claims.length;
     fill(
       rows,
       claims.map((claim) => {

@@ -8,9 +8,9 @@ import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inner
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, _byte_letters
 
 # GPT-2's pattern (openai/gpt-2, encoder.py), after numerals have been set apart one by one.
 WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -98,6 +98,12 @@ def test_pieces_show_parts_of_characters_as_bytes(smollm2):
     assert tokenizer.pieces(tokenizer.encode(" the 🦙\n")) == [" the", " \\xf0\\x9f", "\\xa6", "\\x99", "\n"]
     assert tokenizer.pieces(tokenizer.encode("<|im_start|>user é")) == ["<|im_start|>", "user", " é"]
     assert tokenizer.decode(tokenizer.encode(" 🦙")[:2]) == " \ufffd"
+    assert tokenizer.decode(tokenizer.encode("<|im_start|>user")) == "<|im_start|>user"
+
+
+def test_every_byte_has_the_letter_that_byte_level_bpe_gives_it():
+    assert _byte_letters() == {letter: byte for byte, letter in enumerate(LETTERS)}
+    assert set(LETTERS) == set(pre_tokenizers.ByteLevel.alphabet())
 
 
 @pytest.mark.real
