@@ -58,7 +58,7 @@ def serving(
     program: tuple[str, ...] = OWN,
     env: Mapping[str, str] | None = None,
     port: int = 0,
-    seconds: float = 90,
+    seconds: float = 240,  # a busy machine takes long to import torch
 ) -> Iterator[Server]:
     """A running server, stopped at the end. `arguments` go after `serve --port …`."""
     cache.mkdir(parents=True, exist_ok=True)

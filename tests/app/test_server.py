@@ -327,7 +327,8 @@ def test_hostile_messages_do_not_break_a_session(server: Server) -> None:
             {"type": "close"},
             {"type": "knobs"},
             {"type": "knobs", "values": {"steps": 10**400, "pause": float("nan"), "text": "x" * 500_000}},
-            {"type": "knobs", "values": {"pause": float("inf"), "model": "../../etc/passwd"}},
+            # The latest knobs win: those before may never be looked at.
+            {"type": "knobs", "values": {"pause": float("inf"), "model": "../../etc/passwd", "steps": 10**400}},
             {"type": "place", "beat": 10**30, "step": -1},
             {"type": "cell", "view": 0, "at": {"head": 10**30}},
             {"type": "download", "what": "../../etc/passwd"},
