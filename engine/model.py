@@ -1,6 +1,6 @@
 """One decoder for all lessons: blocks of a mixer and a feed-forward network, composed and never flagged.
 
-Llama (arXiv:2302.13971), section 2.2: RMSNorm before each part, RoPE, SwiGLU, no biases; GPT-2's GELU on demand.
+Llama (arXiv:2302.13971), section 2.2: RMSNorm before each part, RoPE, SwiGLU, no biases; GPT-2's GELU or OPT's ReLU on demand.
 Paper -> here: dim = width, n heads = heads, n layers = layers, W_gate and W_up = `gate_up` (gate rows first).
 
     model = Decoder(Shape(vocab=256, width=64, layers=2, heads=4, kv_heads=2, head_width=16, ffn_width=128))
@@ -56,8 +56,8 @@ class Shape:
             raise ValueError(f"kv_heads must divide heads={self.heads}, and {self.kv_heads} does not")
         if self.head_width % 2:
             raise ValueError(f"head_width must be even, since RoPE turns pairs, not {self.head_width}")
-        if self.activation not in ("swiglu", "gelu"):
-            raise ValueError(f'activation must be "swiglu" or "gelu", not {self.activation!r}')
+        if self.activation not in FFNS:
+            raise ValueError(f"activation must be one of {', '.join(FFNS)}, not {self.activation!r}")
 
 
 class SwiGLU(nn.Module):
@@ -83,6 +83,22 @@ class GELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
+
+
+class ReLU(nn.Module):
+    """down(relu(up x)): every neuron that does not fire is an exact zero (OPT, arXiv:2205.01068; Deja Vu needs it)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.up = nn.Linear(shape.width, shape.ffn_width, bias=False)
+        self.down = nn.Linear(shape.ffn_width, shape.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)))
+
+
+FFNS: dict[str, Callable[[Shape], nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU, "relu": ReLU}
+"""The feed-forward network of each activation that a `Shape` may name."""
 
 
 class Block(nn.Module):
@@ -118,7 +134,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         mixer = mixer or (lambda layer: SoftmaxAttention(shape, layer))
-        ffn = ffn or (lambda layer: SwiGLU(shape) if shape.activation == "swiglu" else GELU(shape))
+        ffn = ffn or (lambda layer: FFNS[shape.activation](shape))
         self.shape = shape
         self.embed = nn.Embedding(shape.vocab, shape.width)
         self.blocks = nn.ModuleList(Block(shape, mixer=mixer(i), ffn=ffn(i)) for i in range(shape.layers))

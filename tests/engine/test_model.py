@@ -272,7 +272,7 @@ def test_patterns_are_what_attention_did(cache):
 
 
 def test_multiplications_are_those_of_torch():
-    for activation in ("swiglu", "gelu"):
+    for activation in ("swiglu", "gelu", "relu"):
         model = decoder(activation=activation)
         with FlopCounterMode(display=False) as counter:
             model.logits(model.hidden(text(7, batch=1))[:, -1:])
@@ -370,7 +370,7 @@ def test_meta_device_and_copies():
         ({"layers": True}, "layers must be a whole number above 0, not True"),
         ({"kv_heads": 3}, "kv_heads must divide heads=4, and 3 does not"),
         ({"head_width": 7}, "head_width must be even"),
-        ({"activation": "relu"}, "activation must be"),
+        ({"activation": "tanh"}, "activation must be"),
         ({"norm_eps": 0.0}, "norm_eps must be a number above 0, not 0.0"),
         ({"rope_base": float("nan")}, "rope_base must be a number above 0, not nan"),
     ],
