@@ -102,7 +102,11 @@ FFNS: dict[str, Callable[[Shape], nn.Module]] = {"swiglu": SwiGLU, "gelu": GELU,
 
 
 class Block(nn.Module):
-    """x + mixer(norm x), then x + ffn(norm x). Any mixer, any ffn."""
+    """x + mixer(norm x), then x + ffn(norm x). Any mixer, any ffn.
+
+    `shared` is a dict that lives for one pass: what one layer hands to later ones. Only a mixer with a true attribute
+    `shares` is given it, all others need not know.
+    """
 
     def __init__(self, shape: Shape, *, mixer: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
@@ -111,7 +115,9 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(shape.width, eps=shape.norm_eps)
         self.ffn = ffn
 
-    def forward(self, x: Tensor, **context: Any) -> Tensor:
+    def forward(self, x: Tensor, *, shared: dict[int, Any] | None = None, **context: Any) -> Tensor:
+        if getattr(self.mixer, "shares", False):
+            context["shared"] = shared
         x = x + self.mixer(self.norm1(x), **context)
         return x + self.ffn(self.norm2(x))
 
@@ -165,10 +171,18 @@ class Decoder(nn.Module):
         if cache is not None and cache.at_once is not None and ids.shape[1] > cache.at_once:
             parts = ids.split(cache.at_once, 1)
             return torch.cat([self.hidden(part, cache=cache) for part in parts], 1)
-        x = self.embed(ids)  # B T W
+        x = self.through(self.embed(ids), range(self.shape.layers), shared={}, cache=cache, show=show)  # B T W
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.norm(x)
+
+    def through(
+        self, x: Tensor, layers: range, *, shared: dict[int, Any], cache: Cache | None = None, show: int | None = None
+    ) -> Tensor:
+        """The residual stream [B, T, W] after these layers. Layers of one pass share one fresh dict, `shared`."""
         rope = self._rope(x)
         watched = cache is not None and cache.watches
-        for layer, block in enumerate(self.blocks):
+        for layer in layers:
             if recording_on(NORM, layer=layer):
                 norm = torch.linalg.vector_norm(
                     x[:, -(show or 0) :], dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)
@@ -176,10 +190,8 @@ class Decoder(nn.Module):
                 tap(NORM, norm, "batch query", layer=layer)
             if watched and cache is not None:
                 cache.observe_residual(layer, x)
-            x = block(x, rope=rope, cache=cache, show=show)
-        if cache is not None:
-            cache.advance(ids.shape[1])
-        return self.norm(x)
+            x = self.blocks[layer](x, shared=shared, rope=rope, cache=cache, show=show)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """hidden [..., W] -> logits [..., V]."""

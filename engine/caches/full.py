@@ -30,7 +30,7 @@ class Full(Cache):
     def extend(self, layer: int, k: Tensor, v: Tensor, rope: Rope) -> View:
         start, stop = self.seen, self.seen + k.shape[2]
         if layer not in self._k or self._k[layer].shape[2] < stop:
-            self._grow(layer, k, stop)
+            self._grow(layer, k, v, stop)
         positions = range(start, stop)
         all_k, all_v = self._k[layer], self._v[layer]
         all_k.narrow(2, start, stop - start).copy_(rope.rotate(k, positions))
@@ -40,11 +40,11 @@ class Full(Cache):
             view.mask = torch.ones(stop - start, stop, dtype=torch.bool, device=k.device).tril(start)  # T S
         return view
 
-    def _grow(self, layer: int, like: Tensor, stop: int) -> None:
+    def _grow(self, layer: int, k: Tensor, v: Tensor, stop: int) -> None:
         capacity = self._capacity or BLOCK
         while capacity < stop:
             capacity *= 2
-        for held in (self._k, self._v):
+        for held, like in ((self._k, k), (self._v, v)):  # latent attention's differ in width
             room = like.new_empty(like.shape[0], like.shape[1], capacity, like.shape[3])
             if layer in held:
                 room[:, :, : self.seen] = held[layer][:, :, : self.seen]

@@ -70,7 +70,7 @@ class Window(Cache):
         # A key slides by one slot between two queries, so that it is rotated anew for each: keys per query.
         S = plan.places.shape[1]
         k = k[:, :, plan.places].transpose(1, 2).reshape(B * T, G, S, D)
-        v = v[:, :, plan.places].transpose(1, 2).reshape(B * T, G, S, D)
+        v = v[:, :, plan.places].transpose(1, 2).reshape(B * T, G, S, v.shape[-1])
         mask = None if plan.mask is None else plan.mask[:, None, None].repeat(B, 1, 1, 1)  # B*T 1 1 S
         return View(rope.rotate(k, range(S)), v, plan.q_positions, mask)
 

@@ -74,7 +74,7 @@ class SoftmaxAttention(nn.Module):
 
 
 def attend(q: Tensor, view: View) -> Tensor:
-    """What q [B, H, T, D] finds in the view: [B, H, T, D]."""
+    """What q [B, H, T, D] finds in the view: [B, H, T, D], or as wide as its values are."""
     B, H, T, D = q.shape
     rows, G = view.k.shape[:2]
     if T > 1 and rows == B:
@@ -83,7 +83,8 @@ def attend(q: Tensor, view: View) -> Tensor:
         )
     # One query a row: the H/G heads that share keys stand as queries of one head, and no key is repeated.
     q = q.transpose(1, 2).reshape(rows, G, H // G, D)
-    return F.scaled_dot_product_attention(q, view.k, view.v, attn_mask=view.mask).view(B, T, H, D).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, view.k, view.v, attn_mask=view.mask)
+    return y.view(B, T, H, view.v.shape[-1]).transpose(1, 2)
 
 
 def attention_scores(q: Tensor, view: View, show: int) -> Tensor:
