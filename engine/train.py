@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import hardware
+from engine.auxiliary import auxiliary
 from engine.model import Decoder
 from engine.recipes import RECIPES as RECIPES
 from engine.recipes import Recipe, find
@@ -49,11 +50,18 @@ def train(
     recipe: Recipe,
     *,
     progress: Progress | None = None,
+    after: Callable[[Decoder], None] | None = None,
     folder: Path | None = None,
     resume: bool = True,
     every: float = 60.0,
 ) -> float:
     """Train `model` in place on its own device; returns the seconds that it took, earlier tries included.
+
+    `after` is called with the model after each step of the optimiser, before anything is stored: who prunes masks
+    the weights again there, for the optimiser's moments would revive them.
+
+    What parts of the model add to the loss (`engine.auxiliary`: the balance of experts) is trained on too, and is no
+    part of the loss that is shown.
 
     With `folder`, a checkpoint is written there about every `every` seconds and at the end, and `resume` goes on from
     the one that is there. Whatever stops it early (a recorder's on_step that raises, Ctrl-C) loses no more than that.
@@ -71,11 +79,14 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate_at(at)
         ids = texts.ids.to(device)
-        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        with auxiliary() as extra:
+            loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        sum(extra, loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
+        if after is not None:
+            after(model)
         now = time.monotonic()
         if folder is not None and (now - saved > every or at + 1 == recipe.steps):
             _checkpoint(folder, model, optimiser, recipe, at + 1, before + now - began)
