@@ -11,6 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from engine.mimetic import mimetic
 from engine.model import Decoder, Shape
 from engine.toyland import Batch, Grammar, batch
@@ -40,9 +43,17 @@ class Stage:
 DRILL = Grammar(home=0.0, few=0.6, many=0.0, song=0.4, secret=0.0)
 
 
+def surprise(model: Decoder, ids: Tensor, at: int) -> Tensor:
+    """Mean nats of each token of ids [B, T] given those before: what a model is trained to lower, at any step."""
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How one model of the zoo is made. `make(seed)` builds it untrained, `about` says what it is for."""
+    """How one model of the zoo is made. `make(seed)` builds it untrained, `about` says what it is for.
+
+    `loss(model, ids, step)` is what a step lowers: a supernet trains several of its subnets at once.
+    """
 
     make: Callable[[int], Decoder]
     about: str
@@ -57,6 +68,7 @@ class Recipe:
     decay: float = 0.1
     seed: int = 0
     grammar: Grammar = field(default_factory=Grammar)
+    loss: Callable[[Decoder, Tensor, int], Tensor] = surprise
 
     @property
     def steps(self) -> int:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,7 +79,7 @@ def train(
             group["lr"] = recipe.rate_at(at)
         ids = texts.ids.to(device)
         with auxiliary() as extra:
-            loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+            loss = recipe.loss(model, ids, at)
         optimiser.zero_grad(set_to_none=True)
         sum(extra, loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
