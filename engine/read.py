@@ -48,7 +48,8 @@ class _Watch(Cache):
 
     def __init__(self, inside: Cache, *, watches: bool) -> None:
         super().__init__()
-        self.inside, self.watches = inside, watches
+        self.inside, self.shows = inside, watches
+        self.watches = watches or inside.watches
         self.first: list[Tensor] = []  # per layer: N H
         self.residual_first: list[Tensor] = []  # per layer: N
         self.residual_now: list[Tensor] = []  # per layer: N
@@ -57,9 +58,16 @@ class _Watch(Cache):
         return self.inside.extend(layer, k, v, rope)
 
     def observe(self, layer: int, pattern: Tensor) -> None:
-        self.first.append(pattern[:, :, -1, 0])
+        if self.inside.watches:
+            self.inside.observe(layer, pattern)
+        if self.shows:
+            self.first.append(pattern[:, :, -1, 0])
 
     def observe_residual(self, layer: int, x: Tensor) -> None:
+        if self.inside.watches:
+            self.inside.observe_residual(layer, x)
+        if not self.shows:
+            return
         wide = torch.promote_types(x.dtype, torch.float32)
         self.residual_first.append(torch.linalg.vector_norm(x[:, 0], dim=-1, dtype=wide))
         self.residual_now.append(torch.linalg.vector_norm(x[:, -1], dim=-1, dtype=wide))
@@ -69,7 +77,7 @@ class _Watch(Cache):
 
     def show(self, row: int, *, first: bool) -> None:
         """Tap what row `row` saw. `first` tells whether the pass held the first token itself."""
-        if not self.watches:
+        if not self.shows:
             return
         tap(FIRST, torch.stack(self.first, 1)[row], "layer head")
         tap(RESIDUAL_NOW, torch.stack(self.residual_now, 1)[row], "layer")
@@ -150,9 +158,9 @@ def _read_cached(
         with labelled(strategy=name):
             watch.show(i, first=t == 0)
             kept = cache.kept(0)
-            tap(KEPT, kept.int(), "slot")
+            tap(KEPT, kept.int(), "slot" if kept.dim() == 1 else "head slot")
             tap(READ_ROWS, 1, "")
-            tap(READ_SCORES, len(kept), "")
+            tap(READ_SCORES, kept.shape[-1], "")
     return dict(zip(cached, rows, strict=True))
 
 

@@ -29,7 +29,7 @@ class Lockstep(Cache):
         self.seen = self.caches[0].seen
         bounds = [cache.bound for cache in self.caches if cache.bound is not None]
         self.bound = max(bounds) if len(bounds) == len(self.caches) else None
-        self.at_once = min((c.at_once for c in self.caches if c.at_once is not None), default=None)
+        self.at_once = self._at_once()
         self.watches = any(cache.watches for cache in self.caches)
         self._lengths: tuple[int, ...] = ()  # the rows' slots in the view last given
         self._masks: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}  # of this pass, by such lengths
@@ -77,12 +77,18 @@ class Lockstep(Cache):
         for cache in self.caches:
             cache.advance(count)
         super().advance(count)
+        self.at_once = self._at_once()  # a cache that has filled up may take fewer tokens than before
         self._masks.clear()
+
+    def _at_once(self) -> int | None:
+        return min((c.at_once for c in self.caches if c.at_once is not None), default=None)
 
     def kept(self, layer: int) -> Tensor:
         rows = [cache.kept(layer) for cache in self.caches]
-        S = max(len(row) for row in rows)
-        return torch.stack([F.pad(row, (0, S - len(row)), value=-1) for row in rows])  # N S
+        S = max(row.shape[-1] for row in rows)
+        rows = [F.pad(row, (0, S - row.shape[-1]), value=-1) for row in rows]
+        heads = max((row.shape[0] for row in rows if row.dim() == 2), default=0)
+        return torch.stack([row.expand(heads, S) if heads else row for row in rows])  # N S or N H_kv S
 
     @property
     def nbytes(self) -> int:
