@@ -255,3 +255,41 @@ def streaming(policy: str, T: int, *, L: int = 0) -> Streaming:
         growing = full * (full + 1) * (full + 2) // 6  # the sum of the first `full` triangles
         return Streaming(growing + (T - full) * (L * (L + 1) // 2), full * (full + 1) // 2 + (T - full) * L)
     raise ValueError(f"policy must be dense, window, recompute or sinks, not {policy!r}")
+
+
+# --- exact attention in tiles (FlashAttention, arXiv:2205.14135, section 3.2) --------------------------------
+
+
+def naive_accesses(N: int, d: int) -> int:
+    """Values that one head of standard attention moves between HBM and SRAM, Θ(Nd + N²).
+
+    Reads Q and K, writes S; reads S, writes P; reads P and V, writes O. A causal mask saves none of it.
+    """
+    return 4 * N * d + 4 * N * N
+
+
+def flash_accesses(N: int, d: int, *, Br: int, Bc: int, causal: bool = False, order: str = "keys") -> int:
+    """Values that one head of attention in tiles of Br queries by Bc keys moves between HBM and SRAM.
+
+    Order "keys" (FlashAttention): K and V are read once, and every visit of a block of queries reads Q and writes
+    O, m and l, which all visits but the first read too. With Bc = M/4d it is Θ(N²d²/M). Order "queries"
+    (FlashAttention-2): Q is read and O and the log-sum-exp written once, and every visit reads K and V.
+    """
+    if min(N, d, Br, Bc) < 1 or order not in ("keys", "queries"):
+        raise ValueError(f'N, d, Br and Bc must be above 0 and order "keys" or "queries", not {N, d, Br, Bc, order}')
+    if order == "queries":
+        ends = (min(N, start + Br) for start in range(0, N, Br))
+        visited = sum(min(N, -(-end // Bc) * Bc) if causal else N for end in ends)  # keys, over the blocks of queries
+        return 2 * N * d + N + 2 * d * visited
+    visited = sum(N - start // Br * Br if causal else N for start in range(0, N, Bc))  # queries, over blocks of keys
+    return 2 * N * d + visited * (2 * d + 2) + (visited - N) * (d + 2)
+
+
+def naive_peak(N: int, d: int) -> int:
+    """Values that one head of standard attention holds in HBM at most: Q, K, V, S and P; or Q, K, V, P and O."""
+    return 3 * N * d + max(2 * N * N, N * N + N * d)
+
+
+def flash_peak(N: int, d: int, *, order: str = "keys") -> int:
+    """The same in tiles: Q, K, V, O and a row's statistics (m and l, or the log-sum-exp alone): O(Nd), no N²."""
+    return 4 * N * d + (2 * N if order == "keys" else N)
