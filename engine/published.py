@@ -86,6 +86,12 @@ PUBLISHED = {
         used=6,
         latent=512 + 64,
     ),
+    "deepseek-67b": Published(
+        "DeepSeek 67B",
+        "DeepSeek-AI 2024, arXiv:2401.02954, table 2; config.json of deepseek-ai/deepseek-llm-67b-base",
+        "67B",
+        Shape(102400, 8192, 95, 64, 8, 128, 22016, rope_base=10000.0, tied=False, max_positions=4096),
+    ),
     "smollm2": Published(
         "SmolLM2 135M",
         "Allal 2025, arXiv:2502.02737; the GGUF's own metadata",
