@@ -7,6 +7,7 @@ layers of a pass the model calls `advance`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +63,22 @@ class Cache:
         """All layers have taken `count` more tokens."""
         self.seen += count
 
+    def keep(self, seen: int, places: Sequence[int]) -> None:
+        """Of the tokens read from number `seen` on keep those at `places`, counted from there, and forget the others:
+        of a tree of guesses the path that came true. Raises ValueError where a token cannot be forgotten."""
+        raise ValueError(f"{type(self).__name__} cannot forget a token that it has read: take a cache that keeps all")
+
+    def crop(self, seen: int) -> None:
+        """Forget every token from number `seen` on."""
+        self.keep(seen, ())
+
     def kept(self, layer: int) -> Tensor:
-        """The text positions now held, slot by slot: [S], or [B, S] with -1 where a row has no such slot."""
+        """The text positions now held, slot by slot: the last axis is S.
+
+        [S] where all heads hold the same; [H_kv, S] where each head has its own, [B, H_kv, S] if rows differ too.
+        A `Lockstep` puts its rows in front: [N, S], or [N, H_kv, S] as soon as one row has heads of its own.
+        -1 where a row has no such slot.
+        """
         raise NotImplementedError
 
     @property

@@ -7,11 +7,13 @@ Positions are counted in the text, so a key is rotated once, on arrival. Memory 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from engine.caches import Cache, View
-from engine.mixers.rope import Rope
+from engine.mixers.rope import Positions, Rope
 
 BLOCK = 64  # slots of the first allocation; doubled when full, so that a token is copied about once
 
@@ -29,16 +31,35 @@ class Full(Cache):
 
     def extend(self, layer: int, k: Tensor, v: Tensor, rope: Rope) -> View:
         start, stop = self.seen, self.seen + k.shape[2]
-        if layer not in self._k or self._k[layer].shape[2] < stop:
-            self._grow(layer, k, v, stop)
-        positions = range(start, stop)
-        all_k, all_v = self._k[layer], self._v[layer]
-        all_k.narrow(2, start, stop - start).copy_(rope.rotate(k, positions))
-        all_v.narrow(2, start, stop - start).copy_(v)
-        view = View(all_k.narrow(2, 0, stop), all_v.narrow(2, 0, stop), positions, causal=start == 0)
+        view = self.place(layer, k, v, rope, positions=range(start, stop))
+        view.causal = start == 0
         if start and stop - start > 1:
             view.mask = torch.ones(stop - start, stop, dtype=torch.bool, device=k.device).tril(start)  # T S
         return view
+
+    def place(self, layer: int, k: Tensor, v: Tensor, rope: Rope, *, positions: Positions) -> View:
+        """Write k and v [B, H_kv, T, D] into the next slots, rotated to `positions`; the view has no mask yet."""
+        start, stop = self.seen, self.seen + k.shape[2]
+        if layer not in self._k or self._k[layer].shape[2] < stop:
+            self._grow(layer, k, v, stop)
+        all_k, all_v = self._k[layer], self._v[layer]
+        all_k.narrow(2, start, stop - start).copy_(rope.rotate(k, positions))
+        all_v.narrow(2, start, stop - start).copy_(v)
+        return View(all_k.narrow(2, 0, stop), all_v.narrow(2, 0, stop), positions)
+
+    def keep(self, seen: int, places: Sequence[int]) -> None:
+        count = self.seen - seen
+        if not 0 <= seen <= self.seen or any(not 0 <= place < count for place in places):
+            raise ValueError(f"seen={seen} and places={list(places)} must lie within the {self.seen} tokens held")
+        if list(places) != sorted(set(places)):
+            raise ValueError(f"places must grow, not {list(places)}")
+        if self.states and len(places) < count:
+            raise ValueError("a recurrent state cannot forget a token: go back to a copy of cache.states instead")
+        if list(places) != list(range(len(places))):
+            for held in (*self._k.values(), *self._v.values()):
+                slots = torch.tensor([seen + place for place in places], device=held.device)
+                held[:, :, seen : seen + len(places)] = held.index_select(2, slots)
+        self.seen = seen + len(places)
 
     def _grow(self, layer: int, k: Tensor, v: Tensor, stop: int) -> None:
         capacity = self._capacity or BLOCK
