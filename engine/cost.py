@@ -319,7 +319,7 @@ def yoco_values(shape: Shape, *, window: int, tokens: int) -> int:
 
 
 def latent_values(layers: int, *, rank: int, rope_width: int, tokens: int = 1) -> int:
-    """Values cached by latent attention, whatever the number of heads: layers · (d_c + d_rope), one vector and not two."""
+    """Values cached by latent attention, whatever the number of heads: layers · (d_c + d_rope), one vector a token."""
     return tokens * layers * (rank + rope_width)
 
 
@@ -335,7 +335,37 @@ def cache_saved(values: float, against: float, *, bits: float = 16, against_bits
     on inference reports; by values alone it is 82.2%.
     """
     if not (against > 0 and against_bits > 0 and values >= 0 and bits >= 0):
-        raise ValueError(
-            f"against must be more than nothing: {values} values of {bits} bits, not {against} of {against_bits}"
-        )
+        raise ValueError(f"against must be a cache of more than nothing, not {against} values of {against_bits} bits")
     return 1 - values * bits / (against * against_bits)
+
+
+# --- speculative decoding (Leviathan et al., arXiv:2211.17192) ----------------------------------------------
+
+
+def expected_tokens(alpha: float, gamma: int) -> float:
+    """Tokens that one check gives on average: (1 - α^(γ+1)) / (1 - α), equation 1.
+
+    `alpha` is the chance that a guess is accepted, taken to be the same and independent for all `gamma` of them.
+    """
+    if not 0.0 <= alpha <= 1.0 or gamma < 0:
+        raise ValueError(f"alpha must lie between 0 and 1 and gamma be at least 0, not {alpha} and {gamma}")
+    return float(sum(alpha**i for i in range(gamma + 1)))  # the same sum, and at α = 1 no division by nothing
+
+
+def speculation_speedup(alpha: float, gamma: int, *, cost: float) -> float:
+    """How many times faster than the plain loop: the tokens of a check over its time, γ·c + 1 (theorem 3.8).
+
+    `cost` is c, the time of one drafted token over the time of one check.
+    """
+    if cost < 0.0:
+        raise ValueError(f"cost must be 0 or above, not {cost}")
+    return expected_tokens(alpha, gamma) / (gamma * cost + 1.0)
+
+
+def check_intensity(
+    shape: Shape, *, drafted: int, context: int, weight_bytes: float = 4, cache_bytes: float = 4
+) -> float:
+    """FLOPs a byte of a pass that checks `drafted` guesses after `context` tokens: weights are read once for all."""
+    rows = 1 + drafted
+    work = forward_work(shape, queries=rows, keys=context + drafted, weight_bytes=weight_bytes, cache_bytes=cache_bytes)
+    return sum(w.flops for w in work) / sum(w.bytes for w in work)
