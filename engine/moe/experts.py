@@ -14,7 +14,7 @@ Deviations: DeepSeekMoE splits experts finer (give a smaller `width`); nothing l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -76,13 +76,14 @@ class Experts(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # N W
         logits = self.router(tokens)  # N E
         routing = self.route(logits)
-        self._show(routing, logits)
+        self._add_losses(routing, logits)
+        show(routing, self.layer)
         y = dispatch(tokens, routing, self.experts)  # N W
         for expert in self.shared:
             y = y + expert(tokens)
         return y.view_as(x)
 
-    def _show(self, routing: Routing, logits: Tensor) -> None:
+    def _add_losses(self, routing: Routing, logits: Tensor) -> None:
         layer = self.layer
         if (self.balance and losses_wanted()) or recording_on(BALANCE, layer=layer):
             balance = tap(BALANCE, balance_loss(routing), "", layer=layer)
@@ -90,13 +91,17 @@ class Experts(nn.Module):
                 add_loss(self.balance * balance)
         if self.z and (losses_wanted() or recording_on(Z, layer=layer)):
             add_loss(self.z * tap(Z, z_loss(logits), "", layer=layer))
-        tap(PROBABILITY, routing.probabilities, "token expert", layer=layer)
-        tap(GATE, routing.gates, "token expert", layer=layer)
-        tap(CHOSEN, routing.chosen, "token expert", layer=layer)
-        if recording_on(DROPPED, layer=layer):
-            tap(DROPPED, routing.dropped, "token expert", layer=layer)
-        if recording_on(LOAD, layer=layer):
-            tap(LOAD, routing.load, "expert", layer=layer)
+
+
+def show(routing: Routing, layer: int) -> None:
+    """Tap what a layer's router decided."""
+    tap(PROBABILITY, routing.probabilities, "token expert", layer=layer)
+    tap(GATE, routing.gates, "token expert", layer=layer)
+    tap(CHOSEN, routing.chosen, "token expert", layer=layer)
+    if recording_on(DROPPED, layer=layer):
+        tap(DROPPED, routing.dropped, "token expert", layer=layer)
+    if recording_on(LOAD, layer=layer):
+        tap(LOAD, routing.load, "expert", layer=layer)
 
 
 def mixture(x: Tensor, gates: Tensor, experts: Sequence[nn.Module] | nn.ModuleList) -> Tensor:
@@ -109,9 +114,20 @@ def mixture(x: Tensor, gates: Tensor, experts: Sequence[nn.Module] | nn.ModuleLi
 
 def dispatch(x: Tensor, routing: Routing, experts: Sequence[nn.Module] | nn.ModuleList) -> Tensor:
     """The same, each expert called once for the tokens sent to it: [N, W]. A token sent nowhere gets zeros."""
+    return gathered(x, routing, lambda needed: ((e, experts[e]) for e in needed))
+
+
+def gathered(x: Tensor, routing: Routing, serve: Callable[[list[int]], Iterable[tuple[int, nn.Module]]]) -> Tensor:
+    """`dispatch` with experts that come when they come: serve(needed) gives each with its number, in any order.
+
+    The answers are added in the order of the experts, so that who came first changes no bit of the sum.
+    """
     expert, token = routing.sent.T.nonzero(as_tuple=True)  # pairs, by expert and then by token
     gates = routing.gates[token, expert]  # pairs
     groups = x[token].split(routing.sent.sum(0).tolist())
-    answers = [experts[e](group) for e, group in enumerate(groups) if len(group)]
+    needed = [e for e, group in enumerate(groups) if len(group)]
+    answers = {e: module(groups[e]) for e, module in serve(needed)}
     y = torch.zeros_like(x)
-    return y.index_add(0, token, torch.cat(answers) * gates[:, None]) if answers else y
+    if not needed:
+        return y
+    return y.index_add(0, token, torch.cat([answers[e] for e in needed]) * gates[:, None])
