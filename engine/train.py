@@ -24,13 +24,14 @@ from torch import Tensor
 from engine import hardware
 from engine.auxiliary import auxiliary
 from engine.model import Decoder
-from engine.recipes import RECIPES as RECIPES
-from engine.recipes import Recipe, find
-from engine.recipes import build as build
+from engine.recipes import Recipe
 from engine.recording import site, step, tap
 from engine.toyland import Grammar, batch
 from engine.toyland.stories import ASKING
-from engine.weights import sha256
+from engine.weights import read_tensors, sha256
+from engine.zoo import RECIPES as RECIPES
+from engine.zoo import build as build
+from engine.zoo import find
 
 ROOT = Path(__file__).parent.parent
 ZOO = ROOT / "assets" / "models"
@@ -102,7 +103,7 @@ def train(
 
 def _identity(recipe: Recipe) -> str:
     """What must agree for a checkpoint to be of this recipe: the plan, and the very text of its first step."""
-    facts = [[asdict(s) for s in recipe.stages], recipe.rate, recipe.warmup, recipe.decay, recipe.seed]
+    facts = [[asdict(s) for s in recipe.stages], recipe.rate, recipe.warmup, recipe.decay, recipe.seed, recipe.start]
     return json.dumps([*facts, data_digest(recipe)], sort_keys=True)
 
 
@@ -145,7 +146,7 @@ def _resume(folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, reci
 
 
 @torch.no_grad()  # not inference mode: the model may go on training, and keeps tables that it made
-def measure(model: Decoder, grammar: Grammar, *, rows: int = 64, length: int = 256) -> dict[str, float]:
+def measure(model: Decoder, grammar: Grammar, *, rows: int = 96, length: int = 192) -> dict[str, float]:
     """Perplexity, its exact floor on the same texts, and the share of questions' words that come first.
 
     The texts are never seen in training. A question counts wherever it stands, so some are asked right after the fact.
@@ -162,10 +163,15 @@ def measure(model: Decoder, grammar: Grammar, *, rows: int = 64, length: int = 2
     return {"loss": loss, "perplexity": math.exp(loss), "floor": test.floor, "recall": recall}
 
 
-def figures(model: Decoder, grammar: Grammar) -> dict[str, float]:
-    """What the manifest says of a model: `measure` on the whole grammar, and recall in each kind of story."""
-    parts = {f"recall_{kind}": measure(model, grammar.only(kind))["recall"] for kind in ASKING}
-    return {key: round(value, 4) for key, value in {**measure(model, grammar), **parts}.items()}
+def figures(model: Decoder, recipe: Recipe) -> dict[str, float]:
+    """What the manifest says of a model: `measure` on the whole grammar, and recall in each kind of story that it read.
+
+    On texts as long as the longest that it was trained on.
+    """
+    grammar, length = recipe.grammar, max(stage.length for stage in recipe.stages)
+    asked = [kind for kind in ASKING if grammar.weights[kind]]
+    parts = {f"recall_{kind}": measure(model, grammar.only(kind), length=length)["recall"] for kind in asked}
+    return {key: round(value, 4) for key, value in {**measure(model, grammar, length=length), **parts}.items()}
 
 
 def train_to_assets(
@@ -174,6 +180,9 @@ def train_to_assets(
     """Make the model called `name` again, into `folder`, with checkpoints under `work`; returns its manifest entry."""
     recipe = find(name)
     model = recipe.make(recipe.seed).to(hardware.device())
+    if recipe.start:
+        before = read_tensors(folder / f"{recipe.start}.safetensors")
+        model.load_state_dict({key: value.float() for key, value in before.items()})
     seconds = train(model, recipe, progress=progress, folder=work / name, resume=resume)
     return ship(name, model, seconds=seconds, folder=folder)
 
@@ -196,9 +205,10 @@ def ship(name: str, model: Decoder, *, seconds: float, folder: Path = ZOO) -> di
         "shape": asdict(model.shape),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": recipe.seed,
+        "start": recipe.start,
         "steps": recipe.steps,
         "tokens": sum(stage.steps * stage.rows * stage.length for stage in recipe.stages),
-        **figures(model, recipe.grammar),
+        **figures(model, recipe),
         "seconds": round(seconds),
         "device": next(model.parameters()).device.type,
         "code": _version(),
