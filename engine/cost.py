@@ -369,3 +369,58 @@ def check_intensity(
     rows = 1 + drafted
     work = forward_work(shape, queries=rows, keys=context + drafted, weight_bytes=weight_bytes, cache_bytes=cache_bytes)
     return sum(w.flops for w in work) / sum(w.bytes for w in work)
+
+
+# --- mixtures of experts (Switch, arXiv:2101.03961; Mixtral, arXiv:2401.04088; DeepSeekMoE, arXiv:2401.06066) --
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the feed-forward part of a shape is split: of `experts` networks of the shape's ffn_width, `used` work on a
+    token, and `shared` more on every token. The first `dense_layers` have one plain network of `dense_width` instead.
+    """
+
+    experts: int
+    used: int
+    shared: int = 0
+    dense_layers: int = 0
+    dense_width: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.used <= self.experts:
+            raise ValueError(f"used must be from 1 to the {self.experts} experts, not {self.used}")
+        if self.shared < 0 or self.dense_layers < 0 or (self.dense_layers > 0) != (self.dense_width > 0):
+            raise ValueError(
+                "shared and dense_layers must be 0 or more, and dense_width go with dense_layers, "
+                f"not {self.shared}, {self.dense_layers} and {self.dense_width}"
+            )
+
+
+def moe_parameters(shape: Shape, mixture: Mixture, *, active: bool = False) -> dict[str, int]:
+    """Parameters by where they sit: all of them, or (`active`) those that one token meets."""
+    layers = shape.layers - mixture.dense_layers
+    if layers < 1:
+        raise ValueError(f"dense_layers must be below the {shape.layers} layers, not {mixture.dense_layers}")
+    row = ffn_matrices(shape) * shape.width  # parameters for one unit of a feed-forward's width
+    copies = (mixture.used if active else mixture.experts) + mixture.shared
+    return parameters(shape) | {
+        "ffn": row * (layers * copies * shape.ffn_width + mixture.dense_layers * mixture.dense_width),
+        "router": layers * shape.width * mixture.experts,
+    }
+
+
+def moe_token_flops(shape: Shape, mixture: Mixture, *, context: int = 1, dense: bool = False) -> int:
+    """FLOPs of one token that sees `context` tokens. `dense`: were every expert to work on it, without a router."""
+    parts = moe_parameters(shape, mixture, active=not dense)
+    plain = decode_flops(shape, context=context) - 2 * parameters(shape)["ffn"]
+    return plain + 2 * (parts["ffn"] + (0 if dense else parts["router"]))
+
+
+def expected_experts(mixture: Mixture, *, tokens: int) -> float:
+    """How many different experts a batch of `tokens` calls in a layer when calls are even: E (1 - (1 - k/E)^tokens).
+
+    What must be read from memory grows with the batch until all experts are.
+    """
+    if tokens < 0:
+        raise ValueError(f"tokens must be 0 or more, not {tokens}")
+    return mixture.experts * (1 - (1 - mixture.used / mixture.experts) ** tokens)

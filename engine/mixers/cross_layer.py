@@ -174,55 +174,6 @@ def owners(model: Decoder) -> list[int]:
     return [getattr(block.mixer, "owner", layer) for layer, block in enumerate(model.blocks)]
 
 
-def exit_layer(model: Decoder) -> int:
-    """The last layer that remembers anything: from it on, a prompt needs keys and values, and the last token alone.
-
-    Raises ValueError if it is not an `Owner`.
-    """
-    last = max(owners(model))
-    if not isinstance(model.blocks[last].mixer, Owner):
-        raise ValueError(f"model must have layers that share keys and values, and layer {last} shares none")
-    return last
-
-
-def early_exit(model: Decoder, ids: Tensor, *, cache: Cache | None = None, show: int | None = None) -> Tensor:
-    """Read a prompt [B, T] and leave early: the normed hidden row of its last token alone, [B, 1, W].
-
-    The rows before it go no further than to the keys and values of `exit_layer`; the cache then holds just what it
-    holds after a full pass. A cache that watches sees the attention of the last token only.
-    """
-    if ids.dim() != 2 or not ids.shape[1]:
-        raise ValueError(f"ids must have shape [batch, tokens] with a token at least, not {list(ids.shape)}")
-    last = exit_layer(model)
-    at_once = ids.shape[1] if cache is None or cache.at_once is None else cache.at_once
-    parts = ids.split(at_once, 1)
-    for i, part in enumerate(parts):
-        shared: Shared = {}
-        x = model.through(model.embed(part), range(last), shared=shared, cache=cache, show=show)  # B T W
-        block = model.blocks[last]
-        view = block.mixer.remember(block.norm1(x), rope=model._rope(x), cache=cache)
-        if i + 1 == len(parts):
-            shared[last] = of_last_query(view, len(part), part.shape[1])
-            x = model.through(x[:, -1:], range(last, model.shape.layers), shared=shared, cache=cache, show=1)  # B 1 W
-        if cache is not None:
-            cache.advance(part.shape[1])
-    event("layers.exit", layer=last, rows=ids.shape[1] - 1)
-    return model.norm(x)
-
-
-def of_last_query(view: View, B: int, T: int) -> View:
-    """The view of the last of T queries alone."""
-    places, mask = view.q_positions, None if view.causal else view.mask
-    places = places[-1:] if isinstance(places, range) or places.dim() == 1 else places[:, -1:]
-    if view.k.shape[0] == B:
-        mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., -1:, :]
-        return View(view.k, view.v, places, mask)
-    k, v = (x.unflatten(0, (B, T))[:, -1] for x in (view.k, view.v))  # B H_kv S D
-    if mask is not None and mask.shape[0] == B * T:
-        mask = mask.unflatten(0, (B, T))[:, -1]
-    return View(k, v, places, mask)
-
-
 def borrowed(model: Decoder, *, factor: int) -> Decoder:
     """A trained model of softmax attention in which only the first of every `factor` layers keeps its keys and values,
     and the others read theirs, untrained for it. Not CLA, which is trained so: this is what happens without."""

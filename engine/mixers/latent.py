@@ -3,7 +3,8 @@
 Multi-head Latent Attention of DeepSeek-V2 (arXiv:2405.04434), section 2.1 and appendix C.
 Paper -> here: c_t^KV = `c`, W^DKV and W^KR = `compress` (latent rows first), W^UK and W^UV = `rebuild` (of each head
 the keys first), k_t^R = rope key, one for all heads, d_c = `rank`, d_h = head_width (of a value, and of a key
-without its position), d_h^R = `rope_width`, d_c' = `q_rank`, W^DQ = `q_compress`, W^UQ and W^QR = `q` (of each head W^UQ first).
+without its position), d_h^R = `rope_width`, d_c' = `q_rank`, W^DQ = `q_compress`, W^UQ and W^QR = `q` (of each head the
+former first).
 Scores are divided by sqrt(d_h + d_h^R). RMSNorm sits on the latent, before it is cached.
 
 Two forms of the same sums. "naive" rebuilds every key and value: k = W^UK c. "absorbed" moves the matrices over to the

@@ -15,12 +15,12 @@ from engine.mixers.softmax import SoftmaxAttention
 from engine.model import Decoder
 from engine.recording import site, tap
 
-SINGULAR = site("latent.singular", "singular values of the keys and values of all heads, over all tokens, largest first",
+SINGULAR = site("latent.singular", "singular values of the keys and values of all heads over all tokens, largest first",
                 symbol="σ", low=0.0)  # fmt: skip
 
 
 def keys_and_values(model: Decoder, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Of each layer of softmax attention, the keys before rotation and the values of these texts: [B, T, H_kv D] each."""
+    """Of each layer of softmax attention, the keys before rotation and the values of texts: [B, T, H_kv D] each."""
     made: dict[int, Tensor] = {}
     handles = []
     for layer, block in enumerate(model.blocks):

@@ -120,7 +120,7 @@ def uptrain(
     Each step taps what `engine.train.train` taps. `stop` is asked after every step, and `progress` or a recorder may
     raise: either way the model is whole, and as good as the steps made it.
     """
-    from engine.recipes import Recipe, Stage  # recipes may name converted models in turn
+    from engine.recipes import Recipe, Stage  # here, since the zoo may name converted models in turn
     from engine.train import train
 
     at_least("steps", steps, 1)
@@ -135,17 +135,17 @@ def uptrain(
         if progress is not None:
             progress(done, of, loss)
         if stop is not None and stop():
-            raise _Stopped
+            raise _StopError
 
     try:
         with torch.inference_mode(False), torch.enable_grad():
             train(model, recipe, progress=after)
-    except _Stopped:
+    except _StopError:
         pass
     finally:
         model.eval().requires_grad_(False)
     return losses
 
 
-class _Stopped(Exception):
+class _StopError(Exception):
     """The learner has seen enough."""
