@@ -35,28 +35,31 @@ from engine.recording import site, tap
 IMPORTANCE = site("search.importance", "norm of what each neuron or head writes, as far as its weights tell", low=0.0)
 SUBNET_LOSS = site("search.subnet.loss", "loss of one subnet of a training step", symbol="L", low=0.0, unit="nats")
 
-Size = int | tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Subnet:
-    """A choice among the decoders in a supernet: the first `layers`; heads and neurons for all of them or for each."""
+    """A choice among the decoders in a supernet: how many heads and neurons each of its first layers keeps."""
 
-    layers: int
-    heads: Size
-    ffn_width: Size
+    heads: tuple[int, ...]
+    ffn_width: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
-            raise ValueError(f"layers must be a whole number above 0, not {self.layers!r}")
-        for name in ("heads", "ffn_width"):
-            value = getattr(self, name)
-            sizes = (value,) * self.layers if isinstance(value, int) else tuple(value)
-            if len(sizes) != self.layers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-                raise ValueError(
-                    f"{name} must be a number above 0, or one for each of {self.layers} layers, not {value!r}"
-                )
-            object.__setattr__(self, name, sizes)  # always one a layer, so that equal choices are equal
+        for name, sizes in (("heads", self.heads), ("ffn_width", self.ffn_width)):
+            if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+                raise ValueError(f"{name} must be whole numbers above 0, one a layer, not {sizes!r}")
+        if len(self.heads) != len(self.ffn_width):
+            raise ValueError(f"heads and ffn_width must be as many, not {len(self.heads)} and {len(self.ffn_width)}")
+
+    @classmethod
+    def even(cls, layers: int, *, heads: int, ffn_width: int) -> Subnet:
+        """The same heads and neurons in each layer."""
+        if layers < 1:
+            raise ValueError(f"layers must be a number above 0, not {layers}")
+        return cls((heads,) * layers, (ffn_width,) * layers)
+
+    @property
+    def layers(self) -> int:
+        return len(self.heads)
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,11 @@ class Space:
 
     @property
     def largest(self) -> Subnet:
-        return Subnet(self.layers[-1], self.heads[-1], self.ffn_width[-1])
+        return Subnet.even(self.layers[-1], heads=self.heads[-1], ffn_width=self.ffn_width[-1])
 
     @property
     def smallest(self) -> Subnet:
-        return Subnet(self.layers[0], self.heads[0], self.ffn_width[0])
+        return Subnet.even(self.layers[0], heads=self.heads[0], ffn_width=self.ffn_width[0])
 
     @property
     def count(self) -> int:
@@ -90,7 +93,7 @@ class Space:
         """A depth, then for each layer its heads and neurons, all equally likely."""
         layers = rng.choice(self.layers)
         heads, widths = ([rng.choice(s) for _ in range(layers)] for s in (self.heads, self.ffn_width))
-        return Subnet(layers, tuple(heads), tuple(widths))
+        return Subnet(tuple(heads), tuple(widths))
 
     def opened(self, phase: int) -> Space:
         """Progressive shrinking: the largest alone (0), then any depth (1), any heads too (2), and all (3)."""
@@ -103,7 +106,6 @@ class Space:
 def whole(model: Decoder) -> Subnet:
     """The largest subnet: all of the supernet."""
     return Subnet(
-        len(model.blocks),
         tuple(_attention(model, i).heads for i in range(len(model.blocks))),
         tuple(_network(model, i).down.in_features for i in range(len(model.blocks))),
     )
@@ -114,11 +116,11 @@ def skeleton(shape: Shape, subnet: Subnet, *, device: torch.device | str = "meta
     group = shape.heads // shape.kv_heads
 
     def sized(layer: int) -> Shape:
-        heads = subnet.heads[layer]  # type: ignore[index]
-        return replace(shape, heads=heads, kv_heads=heads // group, ffn_width=subnet.ffn_width[layer])  # type: ignore[index]
+        heads = subnet.heads[layer]
+        return replace(shape, heads=heads, kv_heads=heads // group, ffn_width=subnet.ffn_width[layer])
 
     # A shape has room for one number: where layers differ it tells the most, so that caches sized by it have room.
-    heads, width = max(subnet.heads), max(subnet.ffn_width)  # type: ignore[arg-type]
+    heads, width = max(subnet.heads), max(subnet.ffn_width)
     outer = replace(shape, layers=subnet.layers, heads=heads, kv_heads=heads // group, ffn_width=width)
     with torch.device(device):
         return Decoder(
@@ -138,7 +140,7 @@ def slices(model: Decoder, subnet: Subnet) -> dict[str, Tensor]:
         block, name = model.blocks[layer], f"blocks.{layer}"
         mixer, ffn = _attention(model, layer), _network(model, layer)
         H, G, D, F_ = mixer.heads, mixer.kv_heads, mixer.head_width, ffn.down.in_features
-        h, f = subnet.heads[layer], subnet.ffn_width[layer]  # type: ignore[index]
+        h, f = subnet.heads[layer], subnet.ffn_width[layer]
         g = h * G // H
         q, k, v = mixer.qkv.weight.split([H * D, G * D, G * D])
         tensors[f"{name}.norm1.weight"], tensors[f"{name}.norm2.weight"] = block.norm1.weight, block.norm2.weight
@@ -241,7 +243,7 @@ def check(model: Decoder, subnet: Subnet) -> None:
         raise ValueError(f"layers must be at most {len(model.blocks)}, not {subnet.layers}")
     for layer in range(subnet.layers):
         mixer, ffn = _attention(model, layer), _network(model, layer)
-        group, heads, width = mixer.heads // mixer.kv_heads, subnet.heads[layer], subnet.ffn_width[layer]  # type: ignore[index]
+        group, heads, width = mixer.heads // mixer.kv_heads, subnet.heads[layer], subnet.ffn_width[layer]
         if heads > mixer.heads or heads % group:
             raise ValueError(f"heads of layer {layer} must be a multiple of {group} up to {mixer.heads}, not {heads}")
         if width > ffn.down.in_features:
