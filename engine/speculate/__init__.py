@@ -22,7 +22,7 @@ ROOT = -1  # the parent of a guess that follows the text itself
 
 
 def law(logits: Tensor, *, temperature: float) -> Tensor:
-    """logits [..., V] -> the law that tokens are drawn from, float64 on the CPU. At temperature 0 all on the likeliest."""
+    """logits [..., V] -> the law that tokens are drawn from, in float64 on the CPU; at temperature 0 it is sure."""
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or a number above, not {temperature}")
     if temperature == 0.0:
@@ -143,7 +143,7 @@ class Draft:
         return None if self.laws is None else self.laws[node]
 
 
-def chain(tokens: Sequence[int], laws: Sequence[Tensor | None] | None = None) -> Draft:
+def in_a_row(tokens: Sequence[int], laws: Sequence[Tensor | None] | None = None) -> Draft:
     """The draft in which each token follows the one before."""
     return Draft(tuple(range(ROOT, len(tokens) - 1)), tuple(tokens), None if laws is None else tuple(laws))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.caches import Cache
 from engine.caches.full import Full
-from engine.speculate import Dice, Draft, Drafter, Verdict, chain, chance, law, rejected
+from engine.speculate import Dice, Draft, Drafter, Verdict, chance, in_a_row, law, rejected
 
 if TYPE_CHECKING:
     from engine.model import Decoder
@@ -52,10 +52,10 @@ class Chain(Drafter):
                 q = law(logits, temperature=temperature) if temperature else None
                 tokens.append(int(logits.max(-1).indices) if q is None else dice.draw(q))
                 laws.append(q)
-        return chain(tokens, laws)
+        return in_a_row(tokens, laws)
 
 
-class guessing:  # noqa: N801  it reads as what it does: with guessing(cache, n)
+class guessing:
     """What the small model reads inside is forgotten at the end: only the text itself stays in its cache.
 
     The accepted guesses are read again with the next draft's first pass: some rows more in a pass that costs what its

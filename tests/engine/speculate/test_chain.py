@@ -11,7 +11,7 @@ from engine.caches.full import Full
 from engine.generate import generate
 from engine.model import Decoder, Shape
 from engine.recording import record
-from engine.speculate import Dice, Draft, Drafter, acceptance, chain, chance, emitted, law, rejected, residual
+from engine.speculate import Dice, Draft, Drafter, acceptance, chance, emitted, in_a_row, law, rejected, residual
 from engine.speculate.chain import Chain, verify
 from engine.speculate.loop import speculate
 
@@ -248,7 +248,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="empty Full"):
         speculate(target, [1], steps=1, drafter=drafter, cache=cache)
     with pytest.raises(ValueError, match="needs 2 laws"):
-        verify(chain([1]), [torch.ones(3)], dice=Dice(0))
+        verify(in_a_row([1]), [torch.ones(3)], dice=Dice(0))
     with pytest.raises(ValueError, match="parent for each token"):
         Draft((-1,), (1, 2))
     with pytest.raises(ValueError, match="a node before it"):
@@ -269,7 +269,7 @@ class Stubborn(Drafter):
         self.tokens = tokens
 
     def draft(self, text, *, room, temperature, dice):
-        return chain(self.tokens[:room])
+        return in_a_row(self.tokens[:room])
 
 
 def test_any_guess_at_all_is_lossless():
