@@ -44,15 +44,13 @@ def every(space: Space):
 @pytest.mark.parametrize("limit", [60, 80, 110])
 def test_the_known_optimum_is_found(limit):
     assert sum(1 for _ in every(SPACE)) == SPACE.count
-    best = min((s for s in every(SPACE) if size(s) <= limit), key=toy)
-    last = list(evolve(SPACE, score=toy, costs={"size": size}, budget={"size": limit}, population=20, generations=12))[
-        -1
-    ]
-    assert last.best.score == toy(best)
-    assert last.best.subnet == best
+    fitting = [s for s in every(SPACE) if size(s) <= limit]
+    found = list(evolve(SPACE, score=toy, costs={"size": size}, budget={"size": limit}, population=20, generations=8))
+    assert found[-1].best.score == toy(found[-1].best.subnet) == min(map(toy, fitting))
+    assert limit < 100 or sum(len(g.born) for g in found) < 0.8 * len(fitting)  # without looking at all of them
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 999), limit=st.integers(48, 250), population=st.integers(2, 12))
 def test_nobody_is_over_budget_or_looked_at_twice(seed, limit, population):
     calls = []
@@ -73,10 +71,9 @@ def test_nobody_is_over_budget_or_looked_at_twice(seed, limit, population):
     assert len(set(calls)) == len(calls)
     best = [g.best.score for g in found]
     assert best == [min(c.score for c in born if c.generation <= g.number) for g in found]
-    at_random = draw_at_random(
-        WIDE, score=toy, costs=costs, budget=budget, sizes=[len(g.born) for g in found], seed=seed
-    )
-    assert all(c.costs["size"] <= limit for g in at_random for c in g.born)
+    sizes = [len(g.born) for g in found]
+    drawn = list(draw_at_random(WIDE, score=toy, costs=costs, budget=budget, sizes=sizes, seed=seed))
+    assert all(c.costs["size"] <= limit for g in drawn for c in g.born)
 
 
 def test_evolution_beats_chance_at_as_many_looks():
