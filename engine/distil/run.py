@@ -1,0 +1,217 @@
+"""Four students of one teacher at equal steps: right words, soft labels, layers, and the teacher's own texts; by seeds.
+
+    hard        CE on real texts                                    the baseline that the others must beat
+    soft        α T² KL + (1-α) CE on the same texts                logits.py
+    layers      soft, and hidden states and attention scores too    layers.py
+    synthetic   CE on texts that the teacher wrote                  synthetic.py, no real text is read
+
+All students of a seed start from the same weights and, but for the synthetic one, read the same texts. A step of the
+recording is one step of every student. A recorder's on_step may raise to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import cost
+from engine.distil import layers, logits, synthetic
+from engine.mimetic import mimetic
+from engine.model import Decoder, Shape
+from engine.recording import recording_on, site, step, tap
+from engine.toyland import Batch, Grammar, batch
+
+LOSS = site("distil.loss", "the loss that the student is trained on", low=0.0, unit="nats")
+TERM = site("distil.term", "one term of the loss, unweighed", low=0.0)
+UNSEEN = site("distil.unseen", "mean surprisal of unseen real texts", symbol="CE", low=0.0, unit="nats")
+MAP = site("distil.map", "the same at the end, for each alpha and temperature", low=0.0, unit="nats")
+
+WAYS = ("hard", "soft", "layers", "synthetic")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the students are trained. `look` steps lie between two measurements; `corpus` texts are written."""
+
+    steps: int = 120
+    rows: int = 8
+    length: int = 32
+    rate: float = 4e-3
+    temperature: float = 2.0
+    alpha: float = 0.9
+    inside: float = 0.1  # the weight of the layer terms
+    seeds: tuple[int, ...] = (0, 1, 2)
+    look: int = 20
+    corpus: int = 256
+    unseen_rows: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "look", "corpus", "unseen_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must hold different numbers, one at least, not {self.seeds}")
+
+
+def small(teacher: Shape, *, layers: int = 2, narrower: int = 2) -> Shape:
+    """A student's shape: fewer layers, heads as many but narrower, the same vocabulary."""
+    if narrower < 1 or teacher.width % narrower or teacher.head_width % (2 * narrower):
+        raise ValueError(f"narrower must divide width and half the head width of the teacher, and {narrower} does not")
+    return replace(
+        teacher, layers=layers, width=teacher.width // narrower, head_width=teacher.head_width // narrower,
+        ffn_width=teacher.ffn_width // narrower,
+    )  # fmt: skip
+
+
+def saving(teacher: Shape, student: Shape, *, context: int) -> dict[str, float]:
+    """How many times cheaper the student is: parameters, FLOPs and bytes of a decoded token that sees `context`."""
+    pairs = {
+        "parameters": (cost.parameter_count(teacher), cost.parameter_count(student)),
+        "flops": (cost.decode_flops(teacher, context=context), cost.decode_flops(student, context=context)),
+        "bytes": (cost.decode_bytes(teacher, context=context), cost.decode_bytes(student, context=context)),
+    }
+    return {name: big / little for name, (big, little) in pairs.items()}
+
+
+Texts = Callable[[int, int], Batch]
+"""The real texts of (seed, step)."""
+
+
+def toyland(plan: Plan, grammar: Grammar | None = None) -> Texts:
+    """Endless stories."""
+    told = grammar or Grammar()
+    return lambda seed, at: batch(told, seed=seed, step=at, rows=plan.rows, length=plan.length, stream="distil")
+
+
+class Student:
+    """One student in training: its model, optimiser and way of learning."""
+
+    def __init__(self, way: str, teacher: Decoder, shape: Shape, plan: Plan, *, seed: int) -> None:
+        if way not in WAYS:
+            raise ValueError(f"way must be one of {', '.join(WAYS)}, not {way!r}")
+        if shape.vocab != teacher.shape.vocab:
+            raise ValueError(f"shape must have the teacher's vocabulary of {teacher.shape.vocab}, not {shape.vocab}")
+        self.way, self.plan, self.seed = way, plan, seed
+        device, dtype = teacher.embed.weight.device, teacher.embed.weight.dtype
+        self.model = mimetic(Decoder(shape, seed=seed), seed=seed).to(device, dtype).train()
+        self.g = layers.layer_map(shape.layers, teacher.shape.layers)
+        self.maps = layers.Projections(len(self.g), shape.width, teacher.shape.width, seed=seed).to(device, dtype)
+        learned = [*self.model.parameters(), *(self.maps.parameters() if way == "layers" else ())]
+        self.learned = learned
+        self.optimiser = torch.optim.AdamW(learned, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def terms(self, ids: Tensor, taught: layers.Trace | None) -> dict[str, tuple[float, Tensor]]:
+        """The loss of ids [B, T] as terms with their weights. `taught` is what the teacher made of ids[:, :-1]."""
+        read, targets = ids[:, :-1], ids[:, 1:]
+        plan = self.plan
+        if self.way in ("hard", "synthetic") or taught is None:
+            return {"hard": (1.0, F.cross_entropy(self.model(read).flatten(0, 1), targets.flatten()))}
+        own = layers.trace(self.model, read) if self.way == "layers" else None
+        said = self.model(read) if own is None else own.logits
+        both = logits.loss(said, taught.logits, targets, temperature=plan.temperature, alpha=plan.alpha)
+        found = {"soft": (plan.alpha, both.soft), "hard": (1 - plan.alpha, both.hard)}
+        if own is not None:
+            found["hidden"] = (plan.inside, layers.hidden_loss(own, taught, self.g, self.maps))
+            found["attention"] = (plan.inside, layers.attention_loss(own, taught, self.g))
+        return found
+
+    def learn(self, ids: Tensor, taught: layers.Trace | None, *, rate: float) -> None:
+        """One step; its loss and terms are tapped."""
+        terms = self.terms(ids, taught)
+        loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
+        self.optimiser.step()
+        tap(LOSS, loss, "", way=self.way, seed=self.seed)
+        for name, (_, term) in terms.items():
+            tap(TERM, term, "", term=name, way=self.way, seed=self.seed)
+
+
+@torch.no_grad()
+def surprisal(model: Decoder, ids: Tensor) -> float:
+    """Nats a token of texts [B, T]."""
+    return float(F.cross_entropy(model(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def distil(
+    teacher: Decoder,
+    shape: Shape,
+    plan: Plan,
+    *,
+    ways: Sequence[str] = WAYS,
+    texts: Texts | None = None,
+    unseen: Batch | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[tuple[str, int], Student]:
+    """Train a student for each way and seed, side by side; their surprisal on `unseen` is tapped every few steps."""
+    texts = texts or toyland(plan)
+    device = teacher.embed.weight.device
+    test = unseen or batch(Grammar(), seed=0, step=0, rows=plan.unseen_rows, length=plan.length, stream="test")
+    test_ids = test.ids.to(device)
+    students = {(way, seed): Student(way, teacher, shape, plan, seed=seed) for seed in plan.seeds for way in ways}
+    written: dict[int, Tensor] = {}
+    if "synthetic" in ways:
+        start = test_ids[0, :1]
+        for seed in plan.seeds:
+            written[seed] = synthetic.write(teacher, start, rows=plan.corpus, length=plan.length, seed=seed).ids
+    with torch.inference_mode(False), torch.enable_grad():
+        for at in range(plan.steps):
+            for seed in plan.seeds:
+                ids = texts(seed, at).ids.to(device)
+                taught = None
+                if {"soft", "layers"} & set(ways):
+                    with torch.no_grad():
+                        taught = layers.trace(teacher, ids[:, :-1])
+                for way in ways:
+                    own = ids
+                    if way == "synthetic":
+                        places = (torch.arange(plan.rows) + at * plan.rows) % plan.corpus
+                        own = written[seed][places.to(device)]
+                    students[way, seed].learn(own, taught, rate=plan.rate * (1 - at / plan.steps))
+            if at % plan.look == 0 or at + 1 == plan.steps:
+                _show(students, teacher, test_ids)
+            step()
+            if progress is not None:
+                progress(at + 1, plan.steps)
+    for student in students.values():
+        student.model.eval().requires_grad_(False)
+    return students
+
+
+def over(
+    teacher: Decoder, shape: Shape, plan: Plan, *, alphas: Sequence[float], temperatures: Sequence[float]
+) -> Tensor:
+    """The surprisal of unseen texts after training with soft labels, for each α and T: [alpha, temperature], the mean
+    over the plan's seeds; tapped."""
+    if not alphas or not temperatures:
+        raise ValueError("alphas and temperatures must hold a value each at least")
+    test = batch(Grammar(), seed=0, step=0, rows=plan.unseen_rows, length=plan.length, stream="test")
+    rows = torch.zeros(len(alphas), len(temperatures))
+    for (i, alpha), (j, temperature) in product(enumerate(alphas), enumerate(temperatures)):
+        tried = replace(plan, alpha=alpha, temperature=temperature)
+        students = distil(teacher, shape, tried, ways=("soft",), unseen=test)
+        device = teacher.embed.weight.device
+        nats = [surprisal(s.model, test.ids.to(device)) for s in students.values()]
+        rows[i, j] = sum(nats) / len(nats)
+    return tap(MAP, rows, "alpha temperature")
+
+
+def _show(students: dict[tuple[str, int], Student], teacher: Decoder, ids: Tensor) -> None:
+    for (way, seed), student in students.items():
+        if recording_on(UNSEEN, way=way, seed=seed):
+            tap(UNSEEN, surprisal(student.model, ids), "", way=way, seed=seed)
+    first = min(seed for _, seed in students)  # one seed's alignment is enough to look at
+    if recording_on(layers.ALIGNMENT):
+        with torch.no_grad():
+            taught = layers.trace(teacher, ids[:4])
+            for (way, seed), student in students.items():
+                if seed == first:
+                    layers.alignment(layers.trace(student.model, ids[:4]), taught, way=way)
