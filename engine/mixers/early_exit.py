@@ -8,7 +8,7 @@ a CLA model too, if for fewer layers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def early_exit(model: Decoder, ids: Tensor, *, cache: Cache | None = None, show:
     for i, part in enumerate(parts):
         shared: Shared = {}
         x = model.through(model.embed(part), range(last), shared=shared, cache=cache, show=show)  # B T W
-        block = model.blocks[last]
+        block: Any = model.blocks[last]
         view = block.mixer.remember(block.norm1(x), rope=model._rope(x), cache=cache)
         if i + 1 == len(parts):
             shared[last] = of_last_query(view, len(part), part.shape[1])
@@ -78,6 +78,7 @@ def prefill_multiplications(model: Decoder, *, tokens: int) -> tuple[int, int]:
     at_least("tokens", tokens, 1)
     last, shape = exit_layer(model), model.shape
     full = early = 0
+    block: Any
     for layer, block in enumerate(model.blocks):
         weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
         keys = min(tokens, getattr(block.mixer, "window", tokens))

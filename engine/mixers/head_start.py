@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.mimetic import SHARES, _turned_back, mimetic
-from engine.mixers.cross_layer import Borrower
+from engine.mixers.cross_layer import Borrower, Owner
 from engine.mixers.latent import Latent
 from engine.model import Decoder
 
@@ -31,8 +31,8 @@ def head_start(
     common /= common.norm()
     for layer, block in enumerate(model.blocks):
         mixer = block.mixer
-        if isinstance(mixer, Borrower):
-            owner = model.blocks[mixer.owner].mixer
+        owner = model.blocks[mixer.owner].mixer if isinstance(mixer, Borrower) else None
+        if isinstance(mixer, Borrower) and isinstance(owner, Owner):
             H, G, D = owner.heads, owner.kv_heads, owner.head_width
             v = owner.qkv.weight[-G * D :].view(G, D, width)
             mixer.out.weight.copy_(gain * v.repeat_interleave(H // G, 0).flatten(0, 1).T)

@@ -58,7 +58,7 @@ class Latent(nn.Module):
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
         self.layer, self.heads, self.head_width = layer, shape.heads, shape.head_width
-        self.rank, self.rope_width, self.form = rank, rope_width, form
+        self.rank, self.rope_width, self.q_rank, self.form = rank, rope_width, q_rank, form
         self.q_compress: nn.Module | None = None
         if q_rank is not None:
             self.q_compress = nn.Sequential(
@@ -177,14 +177,13 @@ def in_form(model: Decoder, form: str) -> Decoder:
     """A decoder of the same weights, not copied, whose latent attention works in that form."""
     from engine.model import Decoder
 
-    mixers = [block.mixer for block in model.blocks]
-    if not all(isinstance(mixer, Latent) for mixer in mixers):
-        raise ValueError(f"model must have latent attention in all layers, not {[type(m).__name__ for m in mixers]}")
+    mixers = [block.mixer for block in model.blocks if isinstance(block.mixer, Latent)]
+    if len(mixers) < len(model.blocks):
+        raise ValueError(f"model must have latent attention in all layers, and has it in {len(mixers)}")
 
     def mixer(layer: int) -> Latent:
         m = mixers[layer]
-        q_rank = None if m.q_compress is None else m.q.in_features
-        return Latent(model.shape, layer, rank=m.rank, rope_width=m.rope_width, q_rank=q_rank, form=form)
+        return Latent(model.shape, layer, rank=m.rank, rope_width=m.rope_width, q_rank=m.q_rank, form=form)
 
     with torch.device("meta"):
         twin = Decoder(model.shape, mixer=mixer)

@@ -290,5 +290,5 @@ def test_impossible_sizes_are_named(how, message):
 
 
 def test_other_mixers_have_no_form():
-    with pytest.raises(ValueError, match="model must have latent attention in all layers"):
+    with pytest.raises(ValueError, match="model must have latent attention in all layers, and has it in 0"):
         in_form(decoder(None), "absorbed")
