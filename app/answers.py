@@ -23,7 +23,7 @@ from app.picture import exact_row, find, pick
 from app.runs import Findings
 from engine.recording import Recording, Track
 from lessons.knobs import Knobs
-from lessons.views import Of, View
+from lessons.views import Calculator, Of, View
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,30 @@ def cell(
             "vectors": [[str(name), [float(x) for x in row]] for name, row in opened.vectors],
         }
     ]
+
+
+def calculate(view: View | None, values: Any, *, request: Any, index: Any) -> list[Message]:
+    """What a calculator's formulas make of the numbers typed in; or a sentence, and the field that it is about."""
+    answer: Message = {"type": "calculated", "request": request, "view": index}
+    if not isinstance(view, Calculator) or not isinstance(values, dict):
+        return [{**answer, "error": "There is no such calculator."}]
+    numbers: dict[str, float] = {}
+    for field in view.fields:
+        value = values.get(field.name)
+        fits = type(value) in (int, float) and field.low <= value <= field.high and not (field.whole and value % 1)
+        if not fits:
+            kind = "a whole number" if field.whole else "a number"
+            error = f"{field.label} must be {kind} from {field.low:,g} to {field.high:,g}."
+            return [{**answer, "error": error, "field": field.name}]
+        numbers[field.name] = int(value) if field.whole else float(value)
+    try:
+        opened = view.compute(numbers)
+    except ValueError as error:
+        text = str(error)
+        about = next((f.name for f in view.fields if text.startswith((f.label, f.name))), "")
+        return [{**answer, "error": text[:1].upper() + text[1:], "field": about}]
+    lines = [[str(label), str(value)] for label, value in opened.lines]
+    return [{**answer, "title": opened.title, "lines": lines, "note": opened.note}]
 
 
 def _within(track: Track, picks: Mapping[str, int], at: Mapping[Any, Any], step: int | None) -> bool:

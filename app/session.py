@@ -84,6 +84,7 @@ class Session:
             "stop": self._on_stop,
             "exact": self._on_exact,
             "cell": self._on_cell,
+            "calculate": self._on_calculate,
             "code": self._on_code,
             "tensors": self._on_tensors,
             "tensor": self._on_tensor,
@@ -177,6 +178,12 @@ class Session:
             self._later(functools.partial(ask, request=request, index=index, step=step))
         else:
             self._say({"type": "cell", "request": request, "error": "There is no such cell."})
+
+    def _on_calculate(self, message: Mapping[str, Any]) -> None:
+        request, index = _request(message), message.get("view")
+        views = self.lesson.scene(self.scene).views if self.lesson.scenes else ()
+        view = views[index] if isinstance(index, int) and whole(index, len(views) - 1) else None
+        self._later(functools.partial(answers.calculate, view, message.get("values"), request=request, index=index))
 
     def _on_code(self, message: Mapping[str, Any]) -> None:
         self._later(functools.partial(answers.code, self.lesson.code))

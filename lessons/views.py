@@ -5,7 +5,7 @@ A view names tensors of the recording with `of(...)` and knobs with `knob(...)`:
     Heatmaps(of("attention.pattern", layer=knob("layer")), rows="query", columns="key", facet="head")
 
 Every view takes `name` (beats point at it), `title`, `note`, `span` (columns of twelve on a wide screen) and
-`origin` ("toy", "real", "converted", "simulated", "reported"; by default what the recording's model says).
+`origin` ("toy", "real", "converted", "simulated", "reported", "formula"; by default what the recording's model says).
 A tensor whose site grows is drawn row by row up to the player's step; of any other the newest frame is drawn.
 """
 
@@ -176,6 +176,100 @@ class Bars(View):
     colour: str = "recent"
     format: str = ".0%"
     high: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points of a Plane, one for each position of `x` and `y` (or one, when they are single numbers)."""
+
+    label: str
+    x: Of
+    y: Of
+    colour: str = "ink"
+    names: tuple[str, ...] = ()
+    trail: bool = False  # points of earlier steps stay, faintly: a search that moves
+    joined: bool = False  # a line through them, in order
+
+
+@dataclass(frozen=True)
+class Plane(View):
+    """Points on two axes, which the learner may enlarge and move: rooflines, Pareto fronts. `lines` give whole curves
+    (their `x` and `tensor` are rows of one length). A click on a point of `tensor` opens `cell`."""
+
+    kind: ClassVar[str] = "plane"
+    points: tuple[Points, ...]
+    lines: tuple[Line, ...] = ()
+    x_label: str = ""
+    y_label: str = ""
+    log: bool = False
+    log_x: bool = False
+    x_format: str = ".3s"
+    format: str = ".3s"
+    height: int = 300
+    tensor: Of | None = None
+    cell: Cell | None = None
+
+
+@dataclass(frozen=True)
+class Routes(View):
+    """Who is sent to whom: query heads to key heads, tokens to experts. Lines between two rows of nodes, as thick as
+    their weight. Where the tensor grows, its newest rows up to the player's step stand on the left."""
+
+    kind: ClassVar[str] = "routes"
+    tensor: Of  # weights [from, to], 0 for no line; or whole numbers [from], the node that each goes to
+    left: str  # what stands on the left, in one word: "query head"
+    right: str
+    left_labels: tuple[str, ...] | str = ()  # "tokens" takes them from the text; nothing: numbers
+    right_labels: tuple[str, ...] = ()
+    left_colour: str = "query"
+    right_colour: str = "key"
+    loads: Of | None = None  # a bar beside each node on the right [to]
+    loads_label: str = ""
+    loads_format: str = ".0%"
+    count: int | Of | None = None  # nodes on the right, where the tensor does not say
+    newest: int = 16  # rows shown of a tensor that grows
+    cell: Cell | None = None
+
+
+@dataclass(frozen=True)
+class Stack(View):
+    """Layer by layer, the first at the bottom: what each is, whose cache it reads, what it stores, what works now."""
+
+    kind: ClassVar[str] = "stack"
+    codes: Of  # whole numbers [layer], into `kinds`
+    kinds: tuple[str, ...]
+    colours: tuple[str, ...] = ()  # a role for each kind
+    reads: Of | None = None  # whole numbers [layer]: the layer whose cache it reads; -1 for none
+    values: Of | None = None  # numbers [layer]: what each stores
+    values_label: str = ""
+    values_format: str = ",.0f"
+    lit: Of | None = None  # 0 to 1 [layer]: how much of it works (or is trained)
+    lit_label: str = ""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One entry of a Calculator."""
+
+    name: str
+    label: str
+    value: float
+    low: float
+    high: float
+    unit: str = ""
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Calculator(View):
+    """Numbers that the learner types, and what the engine's formulas make of them. `compute` raises ValueError with a
+    sentence that begins with a field's label for what makes no sense."""
+
+    kind: ClassVar[str] = "calculator"
+    fields: tuple[Field, ...]
+    presets: tuple[tuple[str, Mapping[str, float]], ...]
+    compute: Callable[[Mapping[str, float]], Arithmetic]
+    origin: str = "formula"
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,20 @@ from engine.recording import Recording, event, note, record, site, step, tap
 from lessons.knobs import Knobs
 from lessons.lesson import PARTS, Beat, Do, Predict, Scene
 from lessons.views import (
+    Arithmetic,
     Bars,
+    Calculator,
     Curves,
+    Field,
     Heatmaps,
     Line,
     Number,
     Numbers,
+    Plane,
+    Points,
+    Routes,
     Slots,
+    Stack,
     Strip,
     Tokens,
     knob,
@@ -163,6 +170,81 @@ def many_recording(heads: int = 32, length: int = 128) -> Recording:
             step()
     return recorder.freeze()
 
+
+LOADS = site("demo.loads", "share of the tokens that each expert got", low=0, high=1)
+GROUPS = site("demo.groups", "the key head of each query head")
+ROUTED = site("demo.routed", "gate weights", grows="query", low=0, high=1)
+KINDS = site("demo.kinds", "what each layer is")
+READS = site("demo.reads", "whose cache each layer reads")
+STORED = site("demo.stored", "bytes a token")
+INTENSITY = site("demo.intensity", "FLOPs a byte", unit="FLOP/B")
+SPEED = site("demo.speed", "FLOPs a second", unit="FLOP/s")
+
+
+def shared_recording(steps: int = 24) -> Recording:
+    """Groups that merge, tokens sent to experts, layers that share, points that move under a roof."""
+    rng = np.random.default_rng(7)
+    intensity = np.array([0.2, 0.5, 0.9, 2.0, 12.0])
+    roof = np.geomspace(0.1, 100, 40)
+    with record(budget=10**8) as recorder:
+        note(model={"name": "Toyland", "kind": "toy"})
+        for t in range(steps):
+            event("text.token", piece=(" " if t else "") + WORDS[t])
+            tap(GROUPS, np.arange(8) // [1, 2, 4, 8][min(3, t // 6)], "head")
+            gates = np.where(rng.random(8) < 0.3, rng.random(8), 0.0).astype(np.float32)
+            tap(ROUTED, (gates / max(1e-9, gates.sum()))[None], "query expert")
+            tap(LOADS, rng.dirichlet(np.full(8, 3.0)).astype(np.float32), "expert")
+            tap(KINDS, np.array([0, 0, 1, 1, 1, 1]), "layer")
+            tap(READS, np.array([0, 1, 2, 2, 2, 2]) if t >= 6 else np.arange(6), "layer")
+            tap(STORED, np.array([32, 32, 512, 0, 0, 0]) if t >= 6 else np.full(6, 512), "layer")
+            grown = intensity * (1 + t / 4)
+            tap(INTENSITY, grown.astype(np.float32), "operation")
+            tap(SPEED, (np.minimum(4e10 * grown, 2e11) * rng.uniform(0.4, 0.9, 5)).astype(np.float32), "operation")
+            tap(INTENSITY, roof.astype(np.float32), "place", of="roof")
+            tap(SPEED, np.minimum(4e10 * roof, 2e11).astype(np.float32), "place", of="roof")
+            step()
+    return recorder.freeze()
+
+
+def _bytes(values: Any) -> Arithmetic:
+    count = 2 * values["layers"] * values["heads"] * values["width"] * 2
+    return Arithmetic("", (("bytes a token", f"{count:,}"),))
+
+
+SHARED_SCENE = Scene(
+    "shared",
+    (
+        Routes(of(GROUPS), left="query head", right="key head", title="Who reads whose notes", name="groups", span=6),
+        Routes(
+            of(ROUTED), left="token", right="expert", left_labels="tokens", left_colour="recent", right_colour="value",
+            loads=of(LOADS), title="Tokens to experts", name="experts", span=6,
+        ),
+        Stack(
+            of(KINDS), kinds=("window", "cross"), reads=of(READS), values=of(STORED), values_label="bytes a token",
+            title="The layers", name="layers", span=6,
+        ),
+        Plane(
+            points=(
+                Points(
+                    "operations", of(INTENSITY), of(SPEED), colour="query",
+                    names=("attention", "norms", "qkv", "ffn", "head"), trail=True,
+                ),
+            ),
+            lines=(Line("the roof", of(SPEED, of="roof"), colour="alarm", x=of(INTENSITY, of="roof")),),
+            x_label="FLOPs a byte", y_label="FLOPs a second", log=True, log_x=True,
+            title="The roofline", name="roof", span=6,
+        ),
+        Calculator(
+            (
+                Field("layers", "Layers", 32, 1, 1000),
+                Field("heads", "Key heads", 32, 1, 1000),
+                Field("width", "Head width", 128, 1, 1000),
+            ),
+            (("Llama-2-7B", {"layers": 32, "heads": 32, "width": 128}), ("SmolLM2", {"layers": 30, "heads": 3})),
+            _bytes, title="Calculator", name="calculator",
+        ),
+    ),
+)  # fmt: skip
 
 SINKS_SCENE = Scene(
     "lockstep",
@@ -343,6 +425,19 @@ PAGES: dict[str, dict[str, Any]] = {
         "looks": {"layer", "head"},
         "step_word": "token",
     },
+    "shared": {
+        "make": shared_recording,
+        "scene": SHARED_SCENE,
+        "knobs": ManyKnobs,
+        "beats": (Beat("What lessons share.", step=12), Beat("Later.", step=23, focus="groups")),
+        "question": "What do the shared pictures look like?",
+        "part": PARTS[1],
+        "order": 3,
+        "facts": {},
+        "marks": [],
+        "looks": {"head"},
+        "step_word": "token",
+    },
     "many": {
         "make": many_recording,
         "scene": MANY_SCENE,
@@ -433,6 +528,7 @@ def saved(name: str, page: dict[str, Any] | None = None) -> dict[str, Any]:
         "answers": {
             '["code",null,null]': {"type": "code", "sources": [code]},
             '["tensors",null,null]': _tensors(),
+            '["calculate",4,null]': {"type": "calculated", "view": 4, "lines": [["bytes a token", "524,288"]]},
         },
         "cell": CELL,
     }

@@ -7,6 +7,7 @@ export function createAsks(send, player, cell) {
   let number = 0;
   let cellAsked = 0;
   const rows = new Map(); // number of the question -> {key, track}
+  const sums = new Map(); // view -> {number of the newest question, what to do with its answer}
 
   return {
     /** Exact values of a row that travelled as codes; asked once, then kept with the track. */
@@ -24,12 +25,22 @@ export function createAsks(send, player, cell) {
       cell.wait();
       send({ type: "cell", request: number, view: index, at, step: player.step });
     },
+    /** What a calculator's formulas make of `values`; only the answer to the newest question counts. */
+    calculate(index, values, answered) {
+      number += 1;
+      sums.set(index, { number, answered });
+      send({ type: "calculate", request: number, view: index, values });
+    },
     /** The card was closed: an answer still on its way shall not open it again. */
     forget() {
       cellAsked = 0;
     },
     answeredCell(message) {
       if (message.request === cellAsked) cell.show(message);
+    },
+    answeredSum(message) {
+      const asked = sums.get(message.view);
+      if (asked && asked.number === message.request) asked.answered(message);
     },
     answeredExact(message) {
       const asked = rows.get(message.request);

@@ -78,6 +78,7 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
     },
     cell: asks.answeredCell,
     exact: asks.answeredExact,
+    calculated: asks.answeredSum,
     code: (message) => tabs.code(message.sources),
     tensors: (message) => tabs.tensors(message),
     tensor: (message) => tabs.tensor(message),

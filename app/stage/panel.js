@@ -24,7 +24,7 @@ export function originOf(view, store, knobs) {
   }
   if (view.facet && view.focus && view.focus.knob) where[view.facet] = knobs[view.focus.knob];
   const places = ["layer", "head", "block"].filter((key) => where[key] !== undefined && where[key] !== null);
-  const parts = [kind, kind === "reported" ? "" : store.model.name, places.map((key) => `${key} ${where[key]}`).join(", ")];
+  const parts = [kind, ["reported", "formula"].includes(kind) ? "" : store.model.name, places.map((key) => `${key} ${where[key]}`).join(", ")];
   const say = (list) => list.filter(Boolean).join(" · ");
   return { kind, text: say(parts), short: say([parts[0], parts[2]]), tensors: [...new Set(ids)] };
 }

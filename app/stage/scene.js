@@ -3,19 +3,24 @@
  * first rows are here, so that turning a knob never blinks.
  */
 import { bars } from "./bars.js";
+import { calculator } from "./calculator.js";
 import { curves } from "./curves.js";
 import { make } from "./dom.js";
 import { heatmaps } from "./heatmaps.js";
 import { numbers } from "./numbers.js";
 import { createPanel } from "./panel.js";
+import { plane } from "./plane.js";
+import { routes } from "./routes.js";
 import { slots } from "./slots.js";
+import { stack } from "./stack.js";
 import { tokens } from "./tokens.js";
 import { Store } from "./track.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator };
 
-/** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic. */
+/** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
+ * calculate(index, values, answered) for a calculator's. */
 export function createScene(stage, base, hooks) {
   let current = null; // what is on the stage
   let next = null; // what waits for its first rows
@@ -28,6 +33,7 @@ export function createScene(stage, base, hooks) {
       const context = Object.create(base, {
         store: { value: store },
         open: { value: (at) => hooks.open(index, view, at) },
+        calculate: { value: hooks.calculate && ((values, answered) => hooks.calculate(index, values, answered)) },
       });
       const drawing = started(panel.host, view, context);
       panel.flip.addEventListener("click", () => flip(index));
