@@ -1,7 +1,7 @@
 r"""Structured pruning: whole heads, neurons and layers go, so that what is left is a smaller dense model.
 
-Heads: Michel et al., "Are Sixteen Heads Really Better than One?" (arXiv:1905.10650); neurons by norm: Li et al., "Pruning
-Filters for Efficient ConvNets" (arXiv:1608.08710); layers: Men et al., ShortGPT (arXiv:2403.03853).
+Heads: Michel et al., "Are Sixteen Heads Really Better than One?" (arXiv:1905.10650); neurons by norm: Li et al.,
+"Pruning Filters for Efficient ConvNets" (arXiv:1608.08710); layers: Men et al., ShortGPT (arXiv:2403.03853).
 Paper -> here: a head's score is the norm of what it writes, ‖Y_h W_O,h‖ ("written"), or of Y_h alone ("output"); a
 neuron's the norm of its input weights times that of its output weights; a layer's the mean ‖Δx‖ / ‖x‖ of its block.
 
@@ -24,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from engine.caches import Cache, View, fresh
+from engine.caches import Cache, fresh
 from engine.mixers.rope import Rope
 from engine.mixers.softmax import SoftmaxAttention, attend
 from engine.model import GELU, Decoder, ReLU, SwiGLU

@@ -90,7 +90,7 @@ def test_bad_input_is_named():
     for call, words in [
         (
             lambda: apply(model, {"x": torch.ones(1, dtype=torch.bool)}),
-            "masks must name weights of the model .* not 'x'",
+            "masks must name weights .* not 'x'",
         ),
         (lambda: apply(model, {"blocks.0.ffn.down.weight": torch.ones(32, 48)}), "must be bool"),
         (lambda: enforce(model, {"blocks.0.ffn.down.weight": torch.ones(48, 32) > 0}), r"must be bool \[32, 48\]"),
