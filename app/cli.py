@@ -1,4 +1,4 @@
-"""`leanscope`: serve the pages, run a lesson without a screen, check its claims, fetch and train models.
+"""`leanscope`: serve the pages, run a lesson without a screen, check its claims, fetch and train models, measure.
 
 Wrong use gets one line and exit code 2; what fails for another reason gets one line and exit code 1.
 """
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("names", nargs="*", metavar="NAME")
     training.add_argument("--all", action="store_true")
 
+    benching = command("bench", _bench, "Measure how fast this machine decodes, reads, records, guesses and trains.")
+    benching.add_argument("--json", action="store_true")
+    benching.add_argument("--quick", action="store_true", help="once, on the toy, at tiny sizes: to see that it works")
+    benching.add_argument("--model", metavar="M", help="SmolLM2 where it is here, else the toy")
+    benching.add_argument("--rounds", type=int, metavar="N", help="turns of each contender that count (5)")
+
     command("doctor", _doctor, "Look whether everything that Leanscope needs is there.")
     return parser
 
@@ -130,6 +137,21 @@ def _serve(options: argparse.Namespace) -> None:
         )
     except PortError as error:
         raise Wrong(str(error)) from None
+    except KeyboardInterrupt:  # before the server had taken over the signals
+        _leave(130)
+        raise
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    """End the process here if a thread still runs a lesson or imports torch: Python's own end would take the ground
+    from under its feet, and torch answers that with an abort."""
+    if any(thread.name.startswith("leanscope") and thread.is_alive() for thread in threading.enumerate()):
+        if code:
+            print(file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _lessons(options: argparse.Namespace) -> None:
@@ -265,6 +287,41 @@ def _train_one(name: str) -> dict[str, Any]:
         raise
     _progress("")
     return entry
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    from app import bench
+    from engine.checkpoints import ModelUnavailable
+
+    settings = bench.QUICK if options.quick else bench.Settings()
+    try:
+        if options.rounds is not None:
+            settings = dataclasses.replace(settings, rounds=options.rounds)
+        name, model = bench.choose(options.model or ("toy" if options.quick else None))
+    except (ValueError, ModelUnavailable) as error:
+        raise Wrong(str(error)) from None
+    machine = bench.machine()
+    rows = []
+    for row in bench.measure(model, settings, say=lambda group: _progress(f"measuring {group}")):
+        rows.append(row)
+    _progress("")
+    if options.json:
+        about = {"model": name, "dtype": str(model.embed.weight.dtype).removeprefix("torch."), "machine": machine,
+                 "settings": dataclasses.asdict(settings)}  # fmt: skip
+        print(json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2, ensure_ascii=False))
+        return
+    reach = ", ".join(f"{flops / 1e9:.0f} GFLOP/s in {dtype}" for dtype, flops in machine["flops_per_second"].items())
+    print(f"{name} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads")
+    print(f"it reads {machine['bytes_per_second'] / 1e9:.1f} GB/s and computes {reach}")
+    for group in dict.fromkeys(row.group for row in rows):
+        print(f"\n{group:<38}{'median':>10}{'best':>10}{'at most':>10}{'MB kept':>9}")
+        for row in rows:
+            if row.group == group:
+                limit = f"{row.limit:10.1f}" if row.limit else f"{'':10}"
+                kept = f"{row.cache_bytes / 1e6:9.2f}" if row.cache_bytes is not None else ""
+                print(f"  {row.name:<36}{row.median:10.1f}{row.best:10.1f}{limit}{kept}  {row.unit}/s".rstrip())
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -55,8 +55,12 @@ def device() -> torch.device:
 
 
 def threads() -> int:
-    """How many CPU threads a run may use: the cores given to this process, and no more than its quota allows."""
+    """How many CPU threads a run may use: the cores given to this process, no more than its quota allows, and no more
+    than OMP_NUM_THREADS says, where it is set to a number."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # OpenMP takes a list, one a nested level
+    if asked.isascii() and asked.isdigit() and int(asked) > 0:
+        cores = min(cores, int(asked))
     try:
         quota, period = CGROUP_QUOTA.read_text().split()
         # A container may see 64 cores and own two: threads past the quota only stall each other.

@@ -9,13 +9,11 @@ best are shown; ratios are of medians.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from app.bench import Seconds, race, twin, watched
 from engine import checkpoints, cost, hardware
 from engine.caches.full import Full
 from engine.caches.recompute import Recompute
@@ -25,39 +23,12 @@ from engine.generate import generate
 from engine.model import Decoder, Shape
 from engine.packed import pack
 from engine.read import Policy, read
-from engine.recording import record, recording_on
-from tests.engine.test_model import llama
+from engine.recording import recording_on
 
 SMOLLM2 = Shape(
     vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_width=64, ffn_width=1536, rope_base=1e5
 )  # fmt: skip
 PROMPT, NEW, LONG = 32, 64, 256
-
-
-@dataclass(frozen=True)
-class Seconds:
-    median: float
-    best: float
-
-
-def race(contenders: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, Seconds]:
-    """Seconds of each, taking turns; the first round warms up and does not count."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + 1):
-        for name, work in contenders.items():
-            start = time.perf_counter()
-            work()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return {name: Seconds(statistics.median(taken), min(taken)) for name, taken in times.items()}
-
-
-def watched(work: Callable[[], object], **keep: dict[str, int]) -> Callable[[], object]:
-    def run() -> None:
-        with record(keep={name.replace("_", "."): {} for name in keep} or None, budget=10**9):
-            work()
-
-    return run
 
 
 def show(title: str, seconds: dict[str, Seconds], *, per: int, base: str) -> None:
@@ -83,7 +54,9 @@ def main() -> None:
     else:
         plain = checkpoints.load("smollm2", dtype=dtype, device="cpu")[0]
     ours = pack(plain)
-    theirs = llama(plain)
+    theirs = twin(plain)
+    if theirs is None:
+        raise SystemExit("transformers is not installed: `leanscope bench` measures without it")
     ids = torch.randint(0, 49152, (LONG,), generator=torch.Generator().manual_seed(0))
 
     def hf(count: int, new: int) -> torch.Tensor:

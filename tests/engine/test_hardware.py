@@ -14,12 +14,16 @@ def test_the_device_is_cuda_when_there_is_one():
 
 
 def test_threads_are_the_cores_of_this_process_and_of_its_quota(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     quota = tmp_path / "cpu.max"
     monkeypatch.setattr(hardware, "CGROUP_QUOTA", quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert hardware.threads() == 8
     for text, count in (("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("", 8)):
         quota.write_text(text)
+        assert hardware.threads() == count
+    for asked, count in (("1", 1), ("3", 3), (" 4,2", 4), ("99", 8), ("0", 8), ("-2", 8), ("many", 8), ("", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
         assert hardware.threads() == count
 
 
