@@ -486,7 +486,5 @@ def lora_parameters(out: int, width: int, *, rank: int, matrices: int) -> int:
     With rank 8 beside W_q and W_v of each layer RoBERTa-base gets 294,912 (0.3M), RoBERTa-large 786,432 (0.8M).
     """
     if min(out, width, rank, matrices) < 1 or rank > min(out, width):
-        raise ValueError(
-            f"rank must be from 1 to {min(out, width)} and all sizes above 0, not rank={rank}, {matrices=}"
-        )
+        raise ValueError(f"rank must be from 1 to {min(out, width)} and sizes above 0, not rank={rank}, {matrices=}")
     return matrices * rank * (out + width)

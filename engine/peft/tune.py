@@ -2,7 +2,8 @@
 
 AdamW (arXiv:1711.05101) without weight decay, the rate falling in a straight line to nothing, gradients clipped at
 length 1. Each method has a rate of its own (`RATES`), since few parameters need longer steps than many.
-A recorder's on_step may raise to stop the run. Build the models outside of `torch.inference_mode`.
+A recorder's on_step may raise to stop the run; record with
+keep={"tune.*": {}}, or the attention of every training pass is kept too. Build the models outside of `torch.inference_mode`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ RIGHT = site("tune.right", "share of the taught words that come first", low=0.0,
 OLD = site("tune.old", "mean surprisal of texts of the old task: what rises is forgotten", low=0.0, unit="nats")
 
 METHODS = ("full", "bitfit", "adapter", "prompt", "lora", "qlora")
-RATES = {"full": 1e-3, "bitfit": 1e-2, "adapter": 1e-2, "prompt": 1e-1, "lora": 1e-2, "qlora": 1e-2}
-"""Learning rates of the toy, the best of 1, 3 and 10 times a power of ten for the style "pirate" in 60 steps."""
+RATES = {"full": 1e-3, "bitfit": 3e-2, "adapter": 3e-2, "prompt": 3e-2, "lora": 3e-2, "qlora": 3e-2}
+"""Learning rates of the toy: of three tried, each three times the one before, the best on unseen texts of the style
+"pirate" after 60 steps (qlora: lora's). With the best rate adapters also forget most."""
 
 
 def make(
