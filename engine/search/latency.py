@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from engine.recording import site, tap
 from engine.search.supernet import Subnet, extract
 
 PREDICTED = site("search.latency.predicted", "time that the fitted sum foretells", low=0.0, unit="ms")
-MEASURED = site("search.latency.measured", "median time of the extracted subnet on this machine", low=0.0, unit="ms")
+MEASURED = site("search.latency.measured", "shortest time of the extracted subnet on this machine", low=0.0, unit="ms")
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,10 @@ def fit(subnets: Sequence[Subnet], ms: Sequence[float]) -> Predictor:
 
 @torch.no_grad()
 def timings(model: Decoder, subnets: Sequence[Subnet], ids: Tensor, *, repeats: int = 7) -> list[float]:
-    """Median milliseconds that each subnet, extracted, needs to read ids [B, T].
+    """The fewest milliseconds of `repeats` that each subnet, extracted, needs to read ids [B, T].
 
-    Subnets take turns, so that a machine that slows down for a while slows down all of them. One round warms up.
+    Whatever else the machine does only adds time, so the shortest tells most about the subnet. Subnets take turns, so
+    that a machine that slows down for a while slows down all of them. One round warms up.
     """
     if repeats < 1 or not subnets:
         raise ValueError(f"repeats must be 1 or more and subnets not empty, not {repeats} and {len(subnets)}")
@@ -80,7 +80,7 @@ def timings(model: Decoder, subnets: Sequence[Subnet], ids: Tensor, *, repeats: 
             made(ids)
             if at:
                 taken.append(_now(ids) - began)
-    return [1000 * median(taken) for taken in seconds]
+    return [1000 * min(taken) for taken in seconds]
 
 
 def compare(predictor: Predictor, subnets: Sequence[Subnet], ms: Sequence[float]) -> float:
