@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.caches.full import Full
 from engine.generate import TOKEN, checked_ids
-from engine.recording import event, site, step, tap
+from engine.recording import event, labelled, site, step, tap
 from engine.speculate.chain import catch_up, guessing, read
 from engine.speculate.loop import DRAFT_SECONDS, GIVEN, NODES, OUTCOME, TARGET_SECONDS
 
@@ -74,11 +74,13 @@ def _tokens(
     while left:
         with torch.inference_mode():
             start = time.perf_counter()
-            words, sure = _small(small, text, aware, fallback=fallback, most=min(most, left - 1))
+            with labelled(by="draft"):
+                words, sure = _small(small, text, aware, fallback=fallback, most=min(most, left - 1))
             drafted = time.perf_counter()
             unread = text[seen.seen :]
             before = len(text)
-            rows = read(big, [*unread, *words], seen, last=1 + len(words)).float().log_softmax(-1)
+            with labelled(by="target"):
+                rows = read(big, [*unread, *words], seen, last=1 + len(words)).float().log_softmax(-1)
             far = [-float(rows[i, word]) for i, word in enumerate(words)]
             kept = next((i for i, distance in enumerate(far) if distance > rollback), len(words))
             token = int(rows[kept].argmax())

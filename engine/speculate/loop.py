@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.caches.full import Full
 from engine.generate import MULTIPLICATIONS, ROWS, TOKEN, checked_ids, multiplications
-from engine.recording import event, recording_on, site, step, tap
+from engine.recording import event, labelled, recording_on, site, step, tap
 from engine.speculate import ROOT, Dice, Draft, Drafter, Verdict, law, rejected, sure_of
 from engine.speculate.chain import verify as verify_chain
 from engine.speculate.tree import Branches, tree_mask, tree_positions
@@ -96,10 +96,12 @@ def _tokens(
             start = time.perf_counter()
             draft = Draft()
             if cache.seen and left > 1:
-                draft = drafter.draft(text, room=left - 1, temperature=temperature, dice=dice)
+                with labelled(by="draft"):  # else its attention would be taken for the target's
+                    draft = drafter.draft(text, room=left - 1, temperature=temperature, dice=dice)
             drafted = time.perf_counter()
             unread = len(text) - cache.seen
-            verdict, laws, hidden = check(model, text, draft, cache, temperature=temperature, dice=dice)
+            with labelled(by="target"):
+                verdict, laws, hidden = check(model, text, draft, cache, temperature=temperature, dice=dice)
             checked = time.perf_counter()
             new = [*(draft.tokens[node] for node in verdict.accepted), verdict.token]
             looked_at += len(verdict.accepted) + len(verdict.rejected)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from engine.caches.full import Full
 from engine.generate import generate
+from engine.mixers.linear import LinearAttention
+from engine.mixers.state import tensors
 from engine.model import Decoder, Shape
 from engine.recording import record
 from engine.speculate import Dice, Draft, Drafter, acceptance, chance, emitted, in_a_row, law, rejected, residual
@@ -226,6 +228,33 @@ def test_the_seed_decides():
         for seed in (0, 0, 1)
     ]  # fmt: skip
     assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_recurrent_target_goes_back_to_its_checkpoint(temperature):
+    """A state cannot be cropped: after a rejection the accepted tokens are read again from a copy of it."""
+    shape = toy(1).shape
+    target = Decoder(shape, mixer=lambda layer: LinearAttention(shape, layer), seed=3).double().eval()
+    target.requires_grad_(False)
+    with torch.no_grad():
+        for p in target.parameters():
+            p.mul_(12 if p.dim() > 1 else 1)
+    small, cache = toy(2, layers=1), Full()
+    if temperature:
+
+        def work(dice):
+            drafter = Chain(small, length=2)
+            return list(speculate(target, [0, 2], steps=3, drafter=drafter, temperature=1.0, dice=dice))
+
+        assert furthest_law(work, plain_law(target, [0, 2], 3, 1.0)) < EXACT
+        return
+    out = list(speculate(target, [0, 2], steps=20, drafter=Chain(small, length=3), cache=cache))
+    assert out == list(generate(target, [0, 2], steps=20, cache=Full()))
+    fresh = Full()
+    target(torch.tensor([[0, 2, *out[:-1]]]), cache=fresh)
+    assert cache.seen == fresh.seen
+    for mine, theirs in zip(tensors(cache.states), tensors(fresh.states), strict=True):
+        assert (mine - theirs).abs().max() < EXACT * theirs.abs().max()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------
