@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +189,8 @@ def cut(model: Decoder, *, heads: Kept | None = None, neurons: Kept | None = Non
             every = torch.arange(attention(model, layer).heads)
             tap(HEAD_KEPT, torch.isin(every, torch.tensor(kept)), "head", layer=layer)
     for layer, kept in (neurons or {}).items():
-        old, new = feed_forward(model, layer), copy.copy(twin.blocks[layer].ffn)
+        old = feed_forward(model, layer)
+        new: Any = copy.copy(twin.blocks[layer].ffn)
         new._modules = dict(new._modules)  # the copy's own, so that the other keeps its layers
         count, kept = old.down.in_features, list(kept)
         new.down = smaller(old.down, columns=kept)
@@ -202,7 +204,8 @@ def cut(model: Decoder, *, heads: Kept | None = None, neurons: Kept | None = Non
     for place, block in enumerate(twin.blocks):
         if hasattr(block.mixer, "layer"):
             block.mixer.layer = place  # caches count the layers that there are
-    widths = {block.ffn.down.in_features for block in twin.blocks if hasattr(block.ffn, "down")}
+    ffns: list[Any] = [block.ffn for block in twin.blocks]
+    widths = {int(ffn.down.in_features) for ffn in ffns if hasattr(ffn, "down")}
     width = widths.pop() if len(widths) == 1 else model.shape.ffn_width
     twin.shape = replace(model.shape, layers=len(staying), ffn_width=width)
     return twin
