@@ -208,8 +208,8 @@ class Offload:
             self._tell_load(late.key, late.read.result(), why="wasted")
 
     def _tell_load(self, key: Key, read: Read, *, why: str) -> None:
-        facts = {"bytes": read.bytes, "seconds": read.seconds, "simulated": read.simulated, "why": why}
-        self._tell("load", *key, start=read.began, **facts)
+        simulated = read.simulated
+        self._tell("load", *key, start=read.began, seconds=read.seconds, simulated=simulated, bytes=read.bytes, why=why)
 
     def _tell(self, name: str, layer: int, expert: int = -1, *, start: float, **facts: object) -> None:
         event(f"offload.{name}", layer=layer, expert=expert, start=start - self.zero, **facts)
