@@ -1,4 +1,4 @@
-"""The draft that reads the target's features: lossless, its cache right, its data the target's own, its training real."""
+"""How the draft is made: data of the target's own, training that goes on where it stopped, and the stored file."""
 
 import pytest
 import torch
@@ -6,67 +6,12 @@ from safetensors.torch import load_file
 
 from engine.caches.full import Full
 from engine.generate import generate
-from engine.speculate import Dice, Verdict
-from engine.speculate.draft import Feature, FeatureDraft, frequent, loss_of, make_data, train, write
-from engine.speculate.loop import speculate
+from engine.speculate.draft import about, frequent, load, loss_of, make_data, ship, train, untrained, write
+from engine.speculate.feature import Feature
 from engine.speculate.seeds import seeds
-from tests.engine.speculate.test_chain import EXACT, furthest_law, plain_law, toy
-
-
-def feature(target, words=None, *, seed=0):
-    torch.manual_seed(seed)
-    words = torch.arange(target.shape.vocab) if words is None else torch.tensor(words)
-    return Feature(target, words, ffn_width=12).double().requires_grad_(False)
-
-
-@pytest.mark.parametrize("words", [None, [0, 2]])
-@pytest.mark.parametrize("widths", [(1, 1), (2, 1)])
-def test_the_loop_has_the_law_of_the_target(words, widths):
-    """Also when the draft can say only some of the words."""
-    target = toy(1)
-    model = feature(target, words)
-
-    def work(dice):
-        drafter = FeatureDraft(model, widths=widths)
-        return list(speculate(target, [0, 2], steps=3, drafter=drafter, temperature=1.0, dice=dice))
-
-    assert furthest_law(work, plain_law(target, [0, 2], 3, 1.0)) < EXACT
-
-
-@pytest.mark.parametrize("widths", [None, (3, 2), (1, 2, 2)])
-def test_greedy_equals_the_plain_loop(widths):
-    target = toy(2, vocab=9)
-    expected = list(generate(target, [1, 2, 3], steps=20, cache=Full()))
-    drafter = FeatureDraft(feature(target, [1, 3, 4, 8]), length=3, widths=widths)
-    assert list(speculate(target, [1, 2, 3], steps=20, drafter=drafter)) == expected
-
-
-def test_its_guesses_are_those_of_one_pass_over_everything():
-    """Caches, portions and what was forgotten leave no trace: the first guess is that of the whole text read at once,
-    the second that of the text with the first one's own feature at its end."""
-    target = toy(2, vocab=9)
-    model, text = feature(target), [1, 5, 3, 2, 7, 7, 1]
-    hidden = target.hidden(torch.tensor([text]))[0]
-    drafter = FeatureDraft(model, length=2)
-    for start, stop in ((0, 3), (3, 4), (4, 6)):
-        drafter.told(None, Verdict([], [], 0, torch.ones(1)), hidden[start:stop])
-        draft = drafter.draft(text[: stop + 1], room=9, temperature=0.0, dice=Dice(0))
-        assert drafter.cache.seen == stop
-    features, ids = hidden[None, :6], torch.tensor([text[1:]])
-    own = model(features, ids)[:, -1:]
-    first = int(model.logits(own).argmax())
-    longer = model(torch.cat((features, own), 1), torch.tensor([[*text[1:], first]]))[0, -1]
-    assert draft.tokens == (first, int(model.logits(longer).argmax()))
-
-
-def test_it_must_have_been_told():
-    target = toy(2)
-    drafter = FeatureDraft(feature(target))
-    drafter.told(None, None, torch.ones(2, 16).double())
-    with pytest.raises(ValueError, match="was told of 2 tokens"):
-        drafter.draft([1, 1, 1, 1], room=3, temperature=0.0, dice=Dice(0))
-    with pytest.raises(ValueError, match="must be numbers above 0"):
-        FeatureDraft(feature(target), length=0)
+from engine.weights import ModelUnavailable
+from tests.engine.speculate.test_chain import EXACT, toy
+from tests.engine.speculate.test_feature import feature
 
 
 def test_seeds():
@@ -154,3 +99,33 @@ def test_a_draft_that_is_right_has_no_divergence():
     assert figures["same"] == 1
     assert figures["overlap"] == pytest.approx(1.0, abs=1e-6)
     assert float(loss) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_what_is_stored_comes_back(tmp_path):
+    target = toy(3, vocab=9).float()
+    model = feature(target, [0, 3, 4]).float()
+    path = tmp_path / "draft.safetensors"
+    assert ship(model, path, steps=7) == path.stat().st_size
+    assert about(path)["steps"] == 7
+    features, ids = torch.randn(1, 3, 16), torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        again = load(target, path)
+        assert (again.logits(again(features, ids)) - model.logits(model(features, ids))).abs().max() < 0.05
+        assert torch.equal(again.words, model.words)
+    with pytest.raises(ModelUnavailable, match="made for a model of width 16"):
+        load(toy(3, vocab=8), path)
+    with pytest.raises(ModelUnavailable, match="missing"):
+        load(target, tmp_path / "nothing.safetensors")
+
+
+def test_an_untrained_draft_speaks_the_words_of_the_texts(tmp_path):
+    target = toy(3, vocab=9).float()
+    make_data(target, lambda text: [ord(letter) % 9 for letter in text[:6]], tmp_path, batches=2, rows=4, new=10)
+    model = untrained(target, tmp_path, words=5, ffn_width=12)
+    ids = load_file(tmp_path / "0000.safetensors")["ids"]
+    assert model.words.tolist() == frequent(ids, vocab=9, count=5).tolist()
+    for folder in (tmp_path / "none",):
+        with pytest.raises(ValueError, match="call make_data first"):
+            untrained(target, folder)
+        with pytest.raises(ValueError, match="call make_data first"):
+            train(model, folder, steps=1)
