@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from engine.caches import Cache, View
-from engine.caches.blocks import UNTOLD, ExhaustedError, Table, Tables
+from engine.caches.blocks import UNTOLD, Table, Tables
+from engine.caches.pool import ExhaustedError
 from engine.mixers.rope import Positions, Rope
 from engine.recording import event
 

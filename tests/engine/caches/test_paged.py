@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.caches.blocks import EMPTY, ExhaustedError, Pool, Tables, chained
+from engine.caches.blocks import EMPTY, Tables
 from engine.caches.full import Full
 from engine.caches.paged import Paged, Pages
+from engine.caches.pool import ExhaustedError, Pool, chained
 from engine.caches.reserved import KINDS, Request, Reserved
 from engine.caches.scheduler import serve
 from engine.generate import generate
