@@ -155,7 +155,7 @@ def coupled(planning: Tensor, anchors: Tensor, *, within: int = 2) -> float:
     """The share of planning peaks [T] with an anchor [T] at the same token or at most `within` later."""
     _check_peaks(planning, anchors, within)
     reach = torch.stack([torch.cat([anchors[k:], anchors.new_zeros(k)]) for k in range(within + 1)]).any(0)  # T
-    return float((planning & reach).sum() / planning.sum())
+    return int((planning & reach).sum()) / int(planning.sum())
 
 
 def coupling(planning: Tensor, anchors: Tensor, *, within: int = 2, shuffles: int = 999, seed: int = 0,

@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from engine.caches import Cache
@@ -133,9 +133,9 @@ def skeleton(shape: Shape, subnet: Subnet, *, device: torch.device | str = "meta
 def slices(model: Decoder, subnet: Subnet) -> dict[str, Tensor]:
     """The subnet's weights by name, cut from those of the supernet; gradients flow back to where they were cut."""
     check(model, subnet)
-    tensors = {"embed.weight": model.embed.weight, "norm.weight": model.norm.weight}
+    tensors: dict[str, Tensor] = {"embed.weight": model.embed.weight, "norm.weight": model.norm.weight}
     if model.head is not None:
-        tensors["head.weight"] = model.head.weight
+        tensors["head.weight"] = model.get_parameter("head.weight")
     for layer in range(subnet.layers):
         block, name = model.blocks[layer], f"blocks.{layer}"
         mixer, ffn = _attention(model, layer), _network(model, layer)
@@ -143,11 +143,11 @@ def slices(model: Decoder, subnet: Subnet) -> dict[str, Tensor]:
         h, f = subnet.heads[layer], subnet.ffn_width[layer]
         g = h * G // H
         q, k, v = mixer.qkv.weight.split([H * D, G * D, G * D])
-        tensors[f"{name}.norm1.weight"], tensors[f"{name}.norm2.weight"] = block.norm1.weight, block.norm2.weight
+        tensors |= {f"{name}.{norm}.weight": block.get_parameter(f"{norm}.weight") for norm in ("norm1", "norm2")}
         tensors[f"{name}.mixer.qkv.weight"] = torch.cat([q[: h * D], k[: g * D], v[: g * D]])  # (h + 2g)·D W
         tensors[f"{name}.mixer.out.weight"] = mixer.out.weight[:, : h * D]  # W h·D
         incoming = "gate_up" if isinstance(ffn, SwiGLU) else "up"
-        rows = getattr(ffn, incoming).weight.unflatten(0, (-1, F_))[:, :f].flatten(0, 1)  # f or 2f, W
+        rows = ffn.get_parameter(f"{incoming}.weight").unflatten(0, (-1, F_))[:, :f].flatten(0, 1)  # f or 2f, W
         tensors[f"{name}.ffn.{incoming}.weight"] = rows
         tensors[f"{name}.ffn.down.weight"] = ffn.down.weight[:, :f]  # W f
     return tensors
@@ -258,7 +258,7 @@ def _attention(model: Decoder, layer: int) -> SoftmaxAttention:
 
 
 def _network(model: Decoder, layer: int) -> SwiGLU | GELU | ReLU:
-    ffn: nn.Module = model.blocks[layer].ffn
-    if type(ffn) not in (SwiGLU, GELU, ReLU) or ffn.down.bias is not None:
+    ffn = model.blocks[layer].ffn
+    if not isinstance(ffn, SwiGLU | GELU | ReLU) or ffn.down.bias is not None:
         raise ValueError(f"layer {layer} must have a SwiGLU, GELU or ReLU without biases, not {type(ffn).__name__}")
-    return ffn  # type: ignore[return-value]
+    return ffn
