@@ -1,8 +1,8 @@
-"""The recipes of the zoo: every toy that ships can be made again from its name.
+"""What a recipe is: all that a model's training follows from. The recipes themselves are in `engine.zoo`.
 
-Weights, texts and their order follow from the seed. All models start as `mimetic` has it and read the same texts, so
-that what differs between two of them is what their recipes say. Texts grow longer from stage to stage, because a
-model finds out how to look things up much sooner in short texts.
+Weights, texts and their order follow from the seed. Models read the same texts, so that what differs between two of
+them is what their recipes say. Texts grow longer from stage to stage, because a model finds out how to look things up
+much sooner in short texts.
 """
 
 from __future__ import annotations
@@ -14,14 +14,8 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.mimetic import mimetic
-from engine.model import Decoder, Shape
+from engine.model import Decoder
 from engine.toyland import Batch, Grammar, batch
-from engine.toyland.words import SIZE
-
-TOY = Shape(
-    vocab=SIZE, width=128, layers=4, heads=4, kv_heads=4, head_width=32, ffn_width=344, max_positions=1024
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,16 +46,17 @@ def surprise(model: Decoder, ids: Tensor, at: int) -> Tensor:
 class Recipe:
     """How one model of the zoo is made. `make(seed)` builds it untrained, `about` says what it is for.
 
-    `loss(model, ids, step)` is what a step lowers: a supernet trains several of its subnets at once.
+    `loss(model, ids, step)` is what a step lowers: a supernet trains several of its subnets at once. `start` names the
+    model of the zoo whose weights it goes on from, instead of beginning anew.
     """
 
     make: Callable[[int], Decoder]
     about: str
     stages: tuple[Stage, ...] = (
-        Stage(600, 16, 64, DRILL),
-        Stage(1200, 16, 64),
+        Stage(500, 16, 64, DRILL),
+        Stage(1300, 16, 64),
         Stage(800, 16, 128),
-        Stage(1200, 16, 256),
+        Stage(1400, 16, 192),
     )
     rate: float = 1.5e-3
     warmup: int = 100
@@ -69,6 +64,7 @@ class Recipe:
     seed: int = 0
     grammar: Grammar = field(default_factory=Grammar)
     loss: Callable[[Decoder, Tensor, int], Tensor] = surprise
+    start: str = ""
 
     @property
     def steps(self) -> int:
@@ -87,24 +83,3 @@ class Recipe:
         """The learning rate of step `at`: straight up, then a cosine down to nothing."""
         up = min(1.0, (at + 1) / self.warmup)
         return self.rate * up * (0.5 + 0.5 * math.cos(math.pi * at / self.steps))
-
-
-RECIPES: dict[str, Recipe] = {
-    "toy": Recipe(
-        lambda seed: mimetic(Decoder(TOY, seed=seed), seed=seed),
-        "softmax attention with a key head for every query head (MHA)",
-    ),
-}
-
-
-def find(name: str) -> Recipe:
-    """The recipe of that name. Raises ValueError, naming what there is."""
-    if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}: take one of {', '.join(RECIPES)}")
-    return RECIPES[name]
-
-
-def build(name: str) -> Decoder:
-    """The model of that name, untrained."""
-    recipe = find(name)
-    return recipe.make(recipe.seed)

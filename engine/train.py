@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine import hardware
 from engine.auxiliary import auxiliary
+from engine.card import card
 from engine.model import Decoder
 from engine.recipes import Recipe
 from engine.recording import site, step, tap
@@ -218,9 +219,14 @@ def ship(name: str, model: Decoder, *, seconds: float, folder: Path = ZOO) -> di
     }
     manifest = folder / "manifest.json"
     entries = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-    draft = folder / "manifest.part"
-    draft.write_text(json.dumps({**entries, name: entry}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    draft.replace(manifest)
+    entries[name] = entry
+    for path, text in (
+        (manifest, json.dumps(entries, indent=1, sort_keys=True) + "\n"),
+        (folder / "README.md", card(entries)),
+    ):
+        draft = path.with_suffix(".part")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
     return entry
 
 

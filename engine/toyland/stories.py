@@ -30,11 +30,11 @@ ASKING = ("home", "few", "many", "secret")  # the kinds with questions
 class Grammar:
     """Which words there are, how often each kind of story comes, and how large stories grow."""
 
-    home: float = 0.30
-    few: float = 0.25
-    many: float = 0.10
-    song: float = 0.25
-    secret: float = 0.10
+    home: float = 0.27
+    few: float = 0.22
+    many: float = 0.07
+    song: float = 0.22
+    secret: float = 0.22
     names: tuple[str, ...] = NAMES
     colours: tuple[str, ...] = COLOURS
     things: tuple[str, ...] = THINGS
@@ -42,8 +42,8 @@ class Grammar:
     digits: tuple[str, ...] = DIGITS
     topics: Mapping[str, tuple[str, str, str]] = field(default_factory=lambda: dict(TOPICS))
     song_words: tuple[str, ...] = (*TOPIC_WORDS, *THINGS, *COLOURS)
-    people: int = 4  # in one story at home, at most; so are goods
-    goods: int = 6
+    people: int = 3  # in one story at home, at most; so are goods
+    goods: int = 3
     pairs: int = 40
     song_length: int = 24
 
@@ -51,7 +51,7 @@ class Grammar:
         keys = len(self.names) + len(self.things)
         for name, value, low, high in (
             ("people", self.people, 2, len(self.names)),
-            ("goods", self.goods, 1, min(len(self.things), len(self.colours) - 1)),  # one colour is left to paint with
+            ("goods", self.goods, 1, min(len(self.things), len(self.colours))),
             ("pairs", self.pairs, FEWEST, keys),
             ("song_length", self.song_length, 1, len(self.song_words)),
         ):
@@ -121,7 +121,7 @@ def pairs(grammar: Grammar, *, count: int | None = None, asked: int | None = Non
             break
     yield from say("now ?")
     any_known, done = any_of(tuple(known)), 0
-    further = offer((0.92, [","]), (0.08, ["."]))
+    further = offer((0.88, [","]), (0.12, ["."]))
     while True:
         key = yield any_known
         yield Answer(known[key])
@@ -160,7 +160,7 @@ def secret(grammar: Grammar, *, before: int | None = None, after: int | None = N
     scene = g.topics[(yield any_of(tuple(g.topics)))]
     actors = scene[0].split()
     yield "."
-    told = offer((0.75, actors), (0.25, ["code"]))
+    told = offer((0.7, actors), (0.3, ["code"]))
     passed = 0
     while True:
         yield "the"
@@ -174,7 +174,7 @@ def secret(grammar: Grammar, *, before: int | None = None, after: int | None = N
     for _ in range(3):
         code.append((yield any_of(g.digits)))
     yield "."
-    ask = offer((0.9, ["the"]), (0.1, ["what"]))
+    ask = offer((0.8, ["the"]), (0.2, ["what"]))
     passed = 0
     while True:
         word = yield ask if after is None else "the" if passed < after else "what"
@@ -251,7 +251,7 @@ def _next_sentence(g: Grammar, where: dict[str, str], lies: dict[str, str], held
         (0.20, ["where"] if where or len(held) < len(lies) else []),
         (0.09, ["who"] if held else []),
         (0.08, ["what"] if lies else []),
-        (0.05, ["night"] if where and lies else []),
+        (0.12, ["night"] if where and lies else []),
     )
 
 
@@ -264,7 +264,7 @@ def _which(colour: Mapping[str, str], things: list[str]) -> Process:
 
 
 def _act(g: Grammar, name: str, where: dict[str, str], colour: dict[str, str], lies: dict[str, str]) -> Process:
-    """(anna) goes to the mill | takes, puts, gives or paints the red ball."""
+    """(anna) goes to the mill | takes, puts or gives the red ball."""
     own = [t for t in lies if lies[t] == name]
     laid = [t for t in lies if lies[t] not in where]
     others = [n for n in where if n != name]
@@ -273,7 +273,6 @@ def _act(g: Grammar, name: str, where: dict[str, str], colour: dict[str, str], l
         (0.30, ["takes"] if laid else []),
         (0.25, ["puts"] if own else []),
         (0.15, ["gives"] if own and others else []),
-        (0.10, ["paints"] if own or laid else []),
     )
     if verb == "goes":
         yield from say("to the")
@@ -281,15 +280,13 @@ def _act(g: Grammar, name: str, where: dict[str, str], colour: dict[str, str], l
         yield "."
         return
     yield "the"
-    thing = yield from _which(colour, {"takes": laid, "paints": own + laid}.get(verb, own))
+    thing = yield from _which(colour, laid if verb == "takes" else own)
     if verb == "takes":
         lies[thing] = name
     elif verb == "puts":
         yield from say("in the")
         lies[thing] = yield any_of(g.places)
-    elif verb == "gives":
+    else:
         yield "to"
         lies[thing] = yield any_of(others)
-    else:
-        colour[thing] = yield any_of([c for c in g.colours if c not in colour.values()])
     yield "."

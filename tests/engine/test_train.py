@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoints, recipes, train
+from engine import checkpoints, train, zoo
+from engine.card import card
 from engine.mimetic import mimetic
 from engine.model import Decoder, Shape
 from engine.recipes import Recipe, Stage
 from engine.recording import record
 from engine.toyland import Grammar, batch
-from engine.weights import sha256
+from engine.weights import sha256, unfilled
 
 SMALL = Shape(vocab=256, width=16, layers=2, heads=2, kv_heads=2, head_width=8, ffn_width=24, max_positions=256)
 RECIPE = Recipe(
@@ -184,7 +185,7 @@ def test_measure_is_cross_entropy_and_counts_only_answers():
 
 
 def test_train_to_assets_writes_weights_and_manifest(tmp_path, monkeypatch):
-    monkeypatch.setitem(recipes.RECIPES, "tiny", RECIPE)
+    monkeypatch.setitem(zoo.RECIPES, "tiny", RECIPE)
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "manifest.json").write_text('{"other": {"recipe": "other"}}')
     entry = train.train_to_assets("tiny", folder=tmp_path / "zoo", work=tmp_path / "work")
@@ -205,8 +206,8 @@ def test_train_to_assets_writes_weights_and_manifest(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
-        (lambda: recipes.find("gpt"), "gpt"),
-        (lambda: recipes.build("../toy"), "toy"),
+        (lambda: zoo.find("gpt"), "gpt"),
+        (lambda: zoo.build("../toy"), "toy"),
         (lambda: Stage(0, 1, 8), "steps"),
         (lambda: Stage(1, 0, 8), "rows"),
         (lambda: Stage(1, 1, 1), "length"),
@@ -225,16 +226,29 @@ def test_bad_input_is_named(wrong, names):
 def test_shipped_models_are_what_the_manifest_says(name):
     """Evaluated anew: the same texts, the same weights; other machines add in another order, hence 0.2%."""
     entry = ZOO[name]
-    recipe = recipes.find(entry["recipe"])
+    recipe = zoo.find(entry["recipe"])
     assert entry["data"] == train.data_digest(recipe), "the grammar changed since this model was trained"
     assert (entry["seed"], entry["steps"]) == (recipe.seed, recipe.steps)
     model, _ = checkpoints.load(name, dtype=torch.float32, device="cpu")
     assert sum(p.numel() for p in model.parameters()) == entry["parameters"]
-    found = train.measure(model, Grammar())
+    found = train.figures(model, recipe)
     assert found["perplexity"] == pytest.approx(entry["perplexity"], rel=2e-3)
     assert found["floor"] == pytest.approx(entry["floor"], abs=1e-4)
     assert found["recall"] == pytest.approx(entry["recall"], abs=5e-3)
     assert found["perplexity"] > found["floor"] * 0.99, "no model beats the grammar itself but by luck of the draw"
+
+
+def test_the_card_says_what_the_manifest_says():
+    assert (checkpoints.ZOO / "README.md").read_text() == card(ZOO)
+
+
+def test_toys_that_are_compared_have_as_many_parameters():
+    for name, recipe in zoo.RECIPES.items():
+        count = sum(p.numel() for p in unfilled(lambda recipe=recipe: recipe.make(0)).parameters())
+        if name.startswith("recall-"):
+            assert count == pytest.approx(zoo.SMALL_PARAMETERS, rel=0.05), name
+        elif not name.startswith(("experts", "supernet")):
+            assert count == pytest.approx(zoo.PARAMETERS, rel=0.05), name
 
 
 def test_the_zoo_stays_small():
