@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ def branch(model: Decoder, *, train: Collection[str] = ()) -> Decoder:
         trains = name in train
         value = p.detach().clone() if trains else p.detach()
         memo[id(p)] = nn.Parameter(value, requires_grad=trains)
-    return cast(Decoder, copy.deepcopy(model, memo).eval())
+    return copy.deepcopy(model, memo).eval()
 
 
 def full(model: Decoder) -> Decoder:

@@ -29,9 +29,9 @@ PROMPT = site("prompt.embeddings", "the learned words that are read before the t
 class PromptEmbedding(nn.Embedding):
     """An embedding in which the ids -n..-1 are the rows of the prompt."""
 
-    def __init__(self, weight: nn.Parameter, prompt: Tensor) -> None:
-        super().__init__(*weight.shape, device="meta")
-        self.weight = weight
+    def __init__(self, weight: Tensor, prompt: Tensor) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], device="meta")
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.prompt = nn.Parameter(prompt)  # n W
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Prompted(Decoder):
 
     def bare(self) -> Decoder:
         """The model without its prompt."""
-        plain = nn.Embedding(*self.embed.weight.shape, device="meta")
+        plain = nn.Embedding(self.shape.vocab, self.shape.width, device="meta")
         plain.weight = self.embed.weight
         model = Decoder.__new__(Decoder)
         model.__dict__.update(self.__dict__)

@@ -53,7 +53,7 @@ class NF4(nn.Module):
 
 
 class Affine(nn.Module):
-    """A frozen weight on an even 4-bit grid in groups: what SmolLM2's file holds (Q4_1, groups of 32) loses nothing."""
+    """A frozen weight on an even 4-bit grid in groups: SmolLM2 (Q4_1, groups of 32) fits it to rounding."""
 
     codes: Tensor
     decoded: Tensor

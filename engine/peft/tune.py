@@ -2,8 +2,8 @@
 
 AdamW (arXiv:1711.05101) without weight decay, the rate falling in a straight line to nothing, gradients clipped at
 length 1. Each method has a rate of its own (`RATES`), since few parameters need longer steps than many.
-A recorder's on_step may raise to stop the run; record with
-keep={"tune.*": {}}, or the attention of every training pass is kept too. Build the models outside of `torch.inference_mode`.
+A recorder's on_step may raise to stop the run; record with keep={"tune.*": {}}, or the attention of every training
+pass is kept too. Build the models outside of `torch.inference_mode`.
 """
 
 from __future__ import annotations
