@@ -110,6 +110,15 @@ def multiplications(form: str, T: int, D: int, E: int, *, chunk: int = 1) -> int
     raise ValueError(f"form must be softmax, parallel, recurrent or chunked, not {form!r}")
 
 
+def split_products(rows: int, D: int, E: int, *, heads: int, chunk: int, more: int = 0) -> dict[str, int]:
+    """`multiplications` of all heads of a layer that is recurrent for one token and chunked for more, by part: "scores"
+    (queries with keys, keys written into the state, and `more`) and "values" (weights with values, the state read)."""
+    whole, rest = divmod(rows, chunk)
+    cells = 0 if rows == 1 else whole * chunk * chunk + rest * rest
+    state = rows * D * E
+    return {"scores": heads * (cells * D + state) + more, "values": heads * (cells * E + state)}
+
+
 class LinearAttention(nn.Module):
     """Mixer of one layer. `features(x, query=…)` maps the rotated queries and keys; a module may bring its own
     (FAVOR+ in performer.py). A pass of one token is recurrent, a longer one chunked."""
@@ -140,6 +149,15 @@ class LinearAttention(nn.Module):
         carry(cache, self.layer, S)
         self._show(q, k, v, phi_q, phi_k, before, T if show is None else show)
         return self.out(divide(y).to(x.dtype).transpose(1, 2).flatten(2))
+
+    def multiplications(self, *, rows: int, keys: int) -> dict[str, int]:
+        """However many keys there were. "scores": features, keys written into the state, queries with keys inside a
+        chunk; "values": what is read. The column of ones counts as a value."""
+        D = self.qkv.out_features // (3 * self.heads)
+        omega = getattr(self.features, "omega", None)  # of FAVOR+: a product for the queries and one for the keys
+        F = self.features(torch.zeros(1, D, device=self.qkv.weight.device), query=False).shape[-1]
+        random = 0 if omega is None else 2 * rows * omega.numel()
+        return split_products(rows, F, D + 1, heads=self.heads, chunk=self.chunk, more=self.heads * random)
 
     def _show(
         self, q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, before: Tensor | None, show: int

@@ -188,6 +188,13 @@ class Mamba(nn.Module):
         self._show(u.to(exact), delta, A, B, C, before, T if show is None else show)
         return self.out((y.to(x.dtype) + self.skip * u) * F.silu(gate))
 
+    def multiplications(self, *, rows: int, keys: int) -> dict[str, int]:
+        """However many keys there were: the products that lead to the states, convolution included ("qkv"), and what
+        the states take ("values"), in the recurrent form of a CPU."""
+        E, N = self.A_log.shape
+        before = self.inp.in_features * 2 * E + E * self.select.out_features + self.to_delta.numel() + self.conv.numel()
+        return {"qkv": rows * before, "values": multiplications("recurrent", rows, E, N)}
+
     def _show(
         self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, before: Tensor | None, show: int
     ) -> None:

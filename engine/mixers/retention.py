@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.caches import Cache
-from engine.mixers.linear import empty_state
+from engine.mixers.linear import empty_state, split_products
 from engine.mixers.rope import Rope
 from engine.mixers.softmax import K, Q, V
 from engine.mixers.state import at_least, carried, carry, check_qkv, check_tokens, positions, wide
@@ -132,6 +132,12 @@ class Retention(nn.Module):
         self._show(q, k, v, gate, decay, before, T if show is None else show)
         y = self.norm(y.transpose(1, 2).reshape(B * T, -1).to(x.dtype)).view(B, T, -1)  # a group is a head of a token
         return self.out(gate * y)
+
+    def multiplications(self, *, rows: int, keys: int) -> dict[str, int]:
+        """However many keys there were; the gate's product counts beside q, k and v."""
+        D = self.out.in_features // self.heads
+        gate = rows * self.gate.in_features * self.gate.out_features
+        return {"qkv": gate, **split_products(rows, D, D, heads=self.heads, chunk=self.chunk)}
 
     def _show(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, decay: Tensor, before: Tensor | None, show: int

@@ -167,6 +167,12 @@ class Rwkv(nn.Module):
         self._show(r, k, v, wkv, before, decay, bonus, T if show is None else show)
         return self.out(r * wkv.to(x.dtype))
 
+    def multiplications(self, *, rows: int, keys: int) -> dict[str, int]:
+        """However many keys there were: keys, values and receptance ("qkv"); weights, decays and values ("values")."""
+        C = self.out.in_features
+        form = "recurrent" if rows == 1 else "chunked"
+        return {"qkv": 3 * rows * C * C, "values": multiplications(form, rows, C, chunk=self.chunk)}
+
     def _show(
         self,
         r: Tensor,

@@ -193,6 +193,17 @@ class WindowAttention(SoftmaxAttention):
         self._show_window(q, k, v, view, k_at, T if show is None else show)
         return self.out(y.transpose(1, 2).reshape(B, T, H * self.head_width))
 
+    def multiplications(self, *, rows: int, keys: int) -> dict[str, int]:
+        """As `forward` computes it: banded for a long text that nothing came before, else the new tokens by what is
+        kept and themselves. `keys` counts the text so far, the new tokens included."""
+        w, d, g = self.window, self.dilation, self.global_tokens
+        if rows == keys and 2 * w * d < rows:
+            cells = -(-rows // (w * d)) * w * d * (2 * w + min(g, rows))
+        else:
+            cells = rows * (rows + len(kept_positions(keys - rows, window=w, dilation=d, global_tokens=g)))
+        met = cells * self.heads * self.head_width
+        return {"scores": met, "values": met}
+
     def _show_window(self, q: Tensor, k: Tensor, v: Tensor, view: View, k_at: Tensor, show: int) -> None:
         """As full attention shows itself, keys at their places in the text: what was dropped has a pattern of 0."""
         layer, T = self.layer, q.shape[2]
