@@ -146,7 +146,7 @@ def _serve(options: argparse.Namespace) -> None:
 def _leave(code: int) -> None:
     """End the process here if a thread still runs a lesson or imports torch: Python's own end would take the ground
     from under its feet, and torch answers that with an abort."""
-    if any(thread.name.startswith("leanscope") and thread.is_alive() for thread in threading.enumerate()):
+    if any(thread.daemon and thread.name.startswith("leanscope") for thread in threading.enumerate()):
         if code:
             print(file=sys.stderr)
         sys.stdout.flush()
