@@ -51,8 +51,8 @@ class Pool:
         self._ready = 0  # of the workers, those that have said so
         self._count = 0
         self._timer: threading.Timer | None = None
-        self._finalizer = weakref.finalize(self, _end, self._workers, folders := [])
-        self._folders: list[Path] = folders
+        self._folders: list[Path] = []
+        weakref.finalize(self, _end, self._workers, self._folders)
 
     def __enter__(self) -> Pool:
         return self
