@@ -19,7 +19,7 @@ from engine.recording import event, labelled, site, tap
 
 KINDS = ("used", "reserved", "internal", "external", "free")
 USE = site("memory.use", f"slots of the memory by what they are good for: {', '.join(KINDS)}", low=0.0)
-STRETCHES = site("memory.stretches", "where each stretch starts, its length, and the tokens in it, request by request")
+STRETCHES = site("memory.stretches", "of each stretch: its start, length, tokens, those it will have, and whose it is")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class _Stretch:
     length: int
     tokens: int
     last: int  # tokens when it is finished
+    owner: int  # which text, counting all copies of all requests in the order given
 
 
 class Reserved:
@@ -100,8 +101,9 @@ class Reserved:
                     f"slots must hold the {request.limit or request.tokens} of {request.name!r}, not {slots}"
                 )
         self.slots = slots
+        texts = [(request, name) for request in requests for name in request.names]
         self._coming = sorted(
-            ((request, name) for request in requests for name in request.names), key=lambda one: one[0].arrival
+            ((request, name, owner) for owner, (request, name) in enumerate(texts)), key=lambda one: one[0].arrival
         )
         self._held: list[_Stretch] = []  # by start
         self.finished: dict[str, int] = {}
@@ -118,8 +120,8 @@ class Reserved:
         while self._coming and self._coming[0][0].arrival <= t and self._enter(*self._coming[0]):
             self._coming.pop(0)
         use = self._use()
-        rows = [(s.start, s.length, s.tokens) for s in self._held]
-        tap(STRETCHES, np.array(rows, np.int32).reshape(-1, 3), "request part")
+        rows = [(s.start, s.length, s.tokens, s.last, s.owner) for s in self._held]
+        tap(STRETCHES, np.array(rows, np.int32).reshape(-1, 5), "request part")
         use.show("reserved")
         return use
 
@@ -135,12 +137,12 @@ class Reserved:
         gaps = [(a + n, b - a - n) for (a, n), (b, _) in itertools.pairwise(edges)]
         return [gap for gap in gaps if gap[1]]
 
-    def _enter(self, request: Request, name: str) -> bool:
+    def _enter(self, request: Request, name: str, owner: int) -> bool:
         length = request.limit or request.tokens
         start = next((start for start, gap in self._gaps() if gap >= length), None)
         if start is None:
             return False
-        self._held.append(_Stretch(name, start, length, len(request.prompt), request.tokens))
+        self._held.append(_Stretch(name, start, length, len(request.prompt), request.tokens, owner))
         self._held.sort(key=lambda s: s.start)
         event("stretch.allocate", sequence=name, start=start, length=length)
         return True
