@@ -34,7 +34,7 @@ from engine.speculate.feature import FFN, Feature, packed
 from engine.speculate.seeds import seeds
 from engine.weights import ModelUnavailable, read_tensors
 
-DRAFT = Path(__file__).parent.parent.parent / "assets" / "models" / "smollm2-draft.safetensors"
+DRAFT = Path(__file__).parent.parent.parent / "assets" / "models" / "drafts" / "smollm2.safetensors"
 NEW = 192  # tokens that the target writes after each seed prompt
 ROWS = 64  # texts written at a time
 WARM = 0.8  # temperature of every second text; the others take the likeliest token
@@ -251,7 +251,7 @@ def untrained(target: Decoder, folder: Path, *, words: int = WORDS, ffn_width: i
             ids.append(file.get_tensor("ids").flatten().long())
     torch.manual_seed(seed)
     model = Feature(target, frequent(torch.cat(ids), vocab=target.shape.vocab, count=words), ffn_width=ffn_width)
-    model.start_from(target)
+    model.start_from(target, seed=seed)
     return model
 
 

@@ -68,7 +68,7 @@ class Feature(nn.Module):
         """features [..., W] -> logits of `words` [..., R]."""
         return F.linear(features, self._head) if self._packed_head is None else self._packed_head(features)
 
-    def start_from(self, target: Decoder) -> None:
+    def start_from(self, target: Decoder, *, seed: int = 0) -> None:
         """Begin where little is left to learn: the last block of the target, as wide as there is room."""
         last = target.blocks[-1]
         width, wide = self.shape.ffn_width, target.shape.ffn_width
@@ -82,8 +82,10 @@ class Feature(nn.Module):
             rows = torch.cat((neurons, neurons + wide))
             self.block.ffn.gate_up.weight.copy_(last.ffn.gate_up.weight[rows])
             self.block.ffn.down.weight.copy_(last.ffn.down.weight[:, neurons])
+            # The next token's embedding, a hint of the feature, and noise to tell their parts apart.
             eye = torch.eye(self.shape.width)
-            self.join.weight.copy_(torch.cat((0.1 * eye, eye), 1))
+            noise = 0.01 * torch.randn(self.join.weight.shape, generator=torch.Generator().manual_seed(seed))
+            self.join.weight.copy_(torch.cat((0.02 * eye, eye), 1) + noise)
 
 
 def packed(model: Feature) -> Feature:

@@ -155,6 +155,21 @@ def test_temperature_bends_p_and_q_alike():
             law(logits, temperature=wrong)
 
 
+def test_dice_draw_by_the_law():
+    """Against the law itself at six standard deviations; a word of probability 0 never comes, not even at the ends."""
+    p, dice, count = tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]), Dice(0), 3000
+    found = torch.bincount(tensor([dice.draw(p) for _ in range(count)]).long(), minlength=6) / count
+    assert (found[p == 0] == 0).all()
+    assert ((found - p).abs() <= 6 * (p * (1 - p) / count).sqrt()).all()
+    for number, token in ((0.0, 1), (1.0 - 2**-53, 4), (1.0, 4)):
+        dice._generator, real = None, torch.rand
+        torch.rand = lambda *_, number=number, **__: tensor(number)
+        try:
+            assert dice.draw(p) == token
+        finally:
+            torch.rand = real
+
+
 # --- the real loop, every outcome ------------------------------------------------------------------------------
 
 
