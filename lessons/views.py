@@ -269,7 +269,7 @@ class Calculator(View):
     fields: tuple[Field, ...]
     presets: tuple[tuple[str, Mapping[str, float]], ...]
     compute: Callable[[Mapping[str, float]], Arithmetic]
-    origin: str = "formula"
+    origin: str = field(default="formula", kw_only=True)
 
 
 @dataclass(frozen=True)
