@@ -248,6 +248,33 @@ class Stack(View):
 
 
 @dataclass(frozen=True)
+class Blocks(View):
+    """Page tables over a pool: whose entry points to which block, what each block's slots hold, who waits, which blocks
+    are free. What changed since the step before is told in words and set off."""
+
+    kind: ClassVar[str] = "blocks"
+    tensor: Of  # whole numbers [sequence, entry]: the block behind each entry; below 0 for none
+    states: Of  # [sequence]: 0 not here yet, 1 waiting, 2 running, 3 sent away, 4 done
+    families: Of  # [sequence]: those of one number are forks of one text, and share a letter
+    slots: Of  # [block, slot]: 0 empty, 1 held, 2 dropped, 3 left over from a text that is gone
+    tokens: Of  # [block, slot]: the token's id, read as text
+    refs: Of  # [block]: how many tables point to it
+    free: Of  # [place]: blocks, the next to be given away first
+    cell: Cell | None = None
+
+
+@dataclass(frozen=True)
+class Stretches(View):
+    """One memory in which each text has a single stretch, whose slots are used, still to be used, or never used."""
+
+    kind: ClassVar[str] = "stretches"
+    tensor: Of  # [request, part]: start, length, tokens, tokens at its end, owner
+    families: Of  # as in Blocks
+    states: Of
+    slots: Of  # how many there are
+
+
+@dataclass(frozen=True)
 class Field:
     """One entry of a Calculator."""
 

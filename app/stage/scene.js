@@ -3,6 +3,7 @@
  * first rows are here, so that turning a knob never blinks.
  */
 import { bars } from "./bars.js";
+import { blocks } from "./blocks.js";
 import { calculator } from "./calculator.js";
 import { curves } from "./curves.js";
 import { make } from "./dom.js";
@@ -13,11 +14,12 @@ import { plane } from "./plane.js";
 import { routes } from "./routes.js";
 import { slots } from "./slots.js";
 import { stack } from "./stack.js";
+import { stretches } from "./stretches.js";
 import { tokens } from "./tokens.js";
 import { Store } from "./track.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */
