@@ -89,9 +89,9 @@ def calculate(view: View | None, values: Any, *, request: Any, index: Any) -> li
         return [{**answer, "error": "There is no such calculator."}]
     numbers: dict[str, float] = {}
     for field in view.fields:
-        value = values.get(field.name)
-        fits = type(value) in (int, float) and field.low <= value <= field.high and not (field.whole and value % 1)
-        if not fits:
+        value: Any = values.get(field.name)
+        number = type(value) in (int, float)
+        if not number or not field.low <= value <= field.high or (field.whole and value % 1):
             kind = "a whole number" if field.whole else "a number"
             error = f"{field.label} must be {kind} from {field.low:,g} to {field.high:,g}."
             return [{**answer, "error": error, "field": field.name}]

@@ -6,6 +6,7 @@ best. The limit beside a row is arithmetic: measured bytes or FLOPs a second ove
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import statistics
@@ -148,7 +149,7 @@ def watching(model: Decoder, ours: Decoder, s: Settings) -> Iterator[Row]:
     def decode() -> object:
         return _generate(ours, ids, s.new)
 
-    contenders = {
+    contenders: dict[str, Callable[[], object]] = {
         "not recorded": decode,
         "a recording that keeps nothing": watched(decode, nothing={}),
         "attention.pattern of every layer": watched(decode, attention_pattern={}),
@@ -160,7 +161,7 @@ def watching(model: Decoder, ours: Decoder, s: Settings) -> Iterator[Row]:
 def speculating(model: Decoder, ours: Decoder, s: Settings) -> Iterator[Row]:
     """Prompt lookup on a text that repeats itself, beside plain decoding of the same tokens."""
     ids = _text(model, max(1, s.prompt // 4)).repeat(4)
-    contenders = {
+    contenders: dict[str, Callable[[], object]] = {
         "plain": lambda: _generate(ours, ids, s.new),
         "prompt lookup": lambda: list(speculate(ours, ids, steps=s.new, drafter=Lookup())),
     }
@@ -231,7 +232,7 @@ def choose(name: str | None) -> tuple[str, Decoder]:
 def twin(model: Decoder) -> Any | None:
     """transformers' Llama with the weights of `model`, or None: not installed, or not of that kind."""
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError:
         return None
     s = model.shape
@@ -243,10 +244,11 @@ def twin(model: Decoder) -> Any | None:
         max_position_embeddings=s.max_positions, rms_norm_eps=s.norm_eps, tie_word_embeddings=s.tied,
         rope_theta=s.rope_base, attn_implementation="sdpa",
     )  # fmt: skip
-    head = model.embed if s.tied else model.head
+    head: Any = model.embed if s.tied else model.head
     state = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
-    state["lm_head.weight"] = head.weight  # type: ignore[union-attr,assignment]
-    for i, block in enumerate(model.blocks):
+    state["lm_head.weight"] = head.weight
+    blocks: Any = model.blocks
+    for i, block in enumerate(blocks):
         at = f"model.layers.{i}."
         H, G = s.heads * s.head_width, s.kv_heads * s.head_width
         q, k, v = block.mixer.qkv.weight.split([H, G, G])

@@ -75,10 +75,13 @@ def toy(
             sized, mixer=mixer and mixer(sized), ffn=ffn and (lambda layer: ffn(sized, layer)), seed=seed
         )  # fmt: skip
 
+    def count(ffn_width: int) -> int:
+        return sum(p.numel() for p in unfilled(lambda: build(0, ffn_width)).parameters())
+
     def make(seed: int) -> Decoder:
         width = shape.ffn_width
         if parameters is not None:
-            few, more = (sum(p.numel() for p in unfilled(lambda w=w: build(seed, w)).parameters()) for w in (4, 8))
+            few, more = count(4), count(8)
             width = 4 + 4 * max(0, round((parameters - few) / (more - few)))
         return head_start(build(seed, width), seed=seed)
 
