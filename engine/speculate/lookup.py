@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from engine.recording import event
-from engine.speculate import Dice, Draft, Drafter, in_a_row
+from engine.speculate import Dice, Draft, Drafter, Verdict, in_a_row
 
 
 def follow(text: Sequence[int], *, longest: int, length: int) -> tuple[list[int], int, int]:
@@ -55,3 +57,18 @@ class Lookup(Drafter):
                 event("speculate.lookup", place=start - n, matched=n)
                 return in_a_row(list(text[start : start + min(self.length, room)]))
         return in_a_row([])
+
+
+class Either(Drafter):
+    """Asks `first`, and `second` where the first has nothing to say: a lookup that costs nothing, then a model."""
+
+    def __init__(self, first: Drafter, second: Drafter) -> None:
+        self.first, self.second = first, second
+
+    def draft(self, text: Sequence[int], *, room: int, temperature: float, dice: Dice) -> Draft:
+        draft = self.first.draft(text, room=room, temperature=temperature, dice=dice)
+        return draft if len(draft) else self.second.draft(text, room=room, temperature=temperature, dice=dice)
+
+    def told(self, draft: Draft, verdict: Verdict, hidden: Tensor) -> None:
+        self.first.told(draft, verdict, hidden)
+        self.second.told(draft, verdict, hidden)

@@ -27,7 +27,7 @@ from engine.speculate import Drafter
 from engine.speculate.adaptive import Adaptive
 from engine.speculate.draft import DRAFT, load
 from engine.speculate.feature import FeatureDraft
-from engine.speculate.lookup import Lookup
+from engine.speculate.lookup import Either, Lookup
 from engine.speculate.loop import speculate
 from engine.speculate.seeds import chat
 
@@ -102,6 +102,8 @@ def main() -> None:
             "draft 3": lambda: FeatureDraft(feature, length=3),
             "draft 4": lambda: FeatureDraft(feature, length=4),
             "draft tree 3 2 1": lambda: FeatureDraft(feature, widths=(3, 2, 1)),
+            "lookup, else draft 3": lambda: Either(Lookup(shortest=2), FeatureDraft(feature, length=3)),
+            "lookup, else tree": lambda: Either(Lookup(shortest=2), FeatureDraft(feature, widths=(3, 2, 1))),
             "draft, adaptive": lambda: Adaptive(FeatureDraft(feature), most=6),
         }
 

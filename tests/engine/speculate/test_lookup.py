@@ -9,9 +9,11 @@ from engine.caches.full import Full
 from engine.generate import generate
 from engine.recording import record
 from engine.speculate import Dice
-from engine.speculate.lookup import Lookup, follow
+from engine.speculate.feature import FeatureDraft
+from engine.speculate.lookup import Either, Lookup, follow
 from engine.speculate.loop import speculate
 from tests.engine.speculate.test_chain import EXACT, furthest_law, plain_law, toy
+from tests.engine.speculate.test_feature import feature
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=20), st.integers(1, 4), st.integers(1, 5), st.data())
@@ -47,6 +49,28 @@ def test_it_is_lossless():
         return list(speculate(target, [0, 1, 0, 1], steps=3, drafter=Lookup(), temperature=1.0, dice=dice))
 
     assert furthest_law(work, plain_law(target, [0, 1, 0, 1], 3, 1.0)) < EXACT
+
+
+def test_what_cannot_be_looked_up_is_drafted():
+    """Both hear of every pass: the model's features are whole when its turn comes. And it is lossless."""
+    target = toy(1)
+    model = feature(target)
+
+    def drafter():
+        return Either(Lookup(length=2, shortest=2), FeatureDraft(model, length=2))
+
+    def work(dice):
+        return list(speculate(target, [0, 1, 0], steps=3, drafter=drafter(), temperature=1.0, dice=dice))
+
+    assert furthest_law(work, plain_law(target, [0, 1, 0], 3, 1.0)) < EXACT
+    target = toy(2, vocab=9)
+    model = feature(target)
+    expected = list(generate(target, [1, 2, 3], steps=40, cache=Full()))
+    with record() as recorder:
+        assert list(speculate(target, [1, 2, 3], steps=40, drafter=drafter())) == expected
+    recording = recorder.freeze()
+    drafts = sum(e.fields["drafted"] > 0 for e in recording.happened("speculate.round"))
+    assert 0 < len(recording.happened("speculate.lookup")) < drafts
 
 
 def test_greedy_loops_are_looked_up():
