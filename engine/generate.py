@@ -136,11 +136,16 @@ def multiplications(model: Decoder, *, rows: int, keys: int) -> list[int]:
     """Multiplications of one pass by PARTS: `rows` positions that each meet `keys` keys, logits for one.
 
     Counted from the products that the model really has. Of attention the whole rectangle counts, as in the
-    formula N²H of the sources; a causal kernel skips up to half of it.
+    formula N²H of the sources; a causal kernel skips up to half of it. Parts that use some of their weights only (a
+    mixer's keys, experts) count themselves.
     """
     count = dict.fromkeys(PARTS, 0)
     for block in model.blocks:
+        own = getattr(block.ffn, "multiplications", None)
+        count["ffn"] += own(rows=rows) if own else 0
         for name, module in block.named_modules():
+            if own and name.startswith("ffn."):
+                continue
             part = "ffn" if name.startswith("ffn.") else name.removeprefix("mixer.")
             if part in count and hasattr(module, "in_features"):
                 count[part] += rows * int(module.in_features) * int(module.out_features)

@@ -1,6 +1,6 @@
 """One decoder for all lessons: blocks of a mixer and a feed-forward network, composed and never flagged.
 
-Llama (arXiv:2302.13971), section 2.2: RMSNorm before each part, RoPE, SwiGLU, no biases; GPT-2's GELU or OPT's ReLU on demand.
+Llama (arXiv:2302.13971), section 2.2: RMSNorm before each part, RoPE, SwiGLU, no biases; GELU or ReLU on demand.
 Paper -> here: dim = width, n heads = heads, n layers = layers, W_gate and W_up = `gate_up` (gate rows first).
 
     model = Decoder(Shape(vocab=256, width=64, layers=2, heads=4, kv_heads=2, head_width=16, ffn_width=128))

@@ -83,6 +83,11 @@ class Experts(nn.Module):
             y = y + expert(tokens)
         return y.view_as(x)
 
+    def multiplications(self, *, rows: int) -> int:
+        """Of the router, of as many experts as a token calls (drops not counted), and of the shared ones."""
+        called = self.route.per_token * product(self.experts[0]) + sum(product(expert) for expert in self.shared)
+        return round(rows * (self.router.in_features * self.router.out_features + called))
+
     def _add_losses(self, routing: Routing, logits: Tensor) -> None:
         layer = self.layer
         if (self.balance and losses_wanted()) or recording_on(BALANCE, layer=layer):
@@ -91,6 +96,11 @@ class Experts(nn.Module):
                 add_loss(self.balance * balance)
         if self.z and (losses_wanted() or recording_on(Z, layer=layer)):
             add_loss(self.z * tap(Z, z_loss(logits), "", layer=layer))
+
+
+def product(expert: nn.Module) -> int:
+    """Multiplications of an expert for one token."""
+    return sum(m.in_features * m.out_features for m in expert.modules() if isinstance(m, nn.Linear))
 
 
 def show(routing: Routing, layer: int) -> None:

@@ -227,6 +227,10 @@ class _Shelved(nn.Module):
         super().__init__()
         self.layer, self.route, self._shelf = like.layer, like.route, shelf
         self.router, self.shared = like.router, like.shared
+        self._per_token = like.multiplications(rows=1)
+
+    def multiplications(self, *, rows: int) -> int:
+        return rows * self._per_token
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # N W

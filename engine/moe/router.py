@@ -51,6 +51,10 @@ class Routing:
 
 
 class Router(Protocol):
+    @property
+    def per_token(self) -> float:
+        """Experts that a token calls, on average."""
+
     def __call__(self, logits: Tensor) -> Routing: ...
 
     def check(self, experts: int) -> None:
@@ -71,6 +75,10 @@ class TopK:
     k: int = 2
     renormalise: bool = True
     capacity: float | None = None
+
+    @property
+    def per_token(self) -> float:
+        return self.k
 
     def __post_init__(self) -> None:
         if self.k < 1:

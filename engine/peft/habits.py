@@ -16,20 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from engine.caches.full import Full
 from engine.checkpoints import TextTokens
 from engine.generate import generate
 from engine.model import Decoder
-from engine.recording import site
 from engine.toyland import Batch, Grammar
 from engine.toyland.entropy import Process, write
 from engine.toyland.habits import STYLES, facts, likings, styled
 from engine.toyland.stories import text
 from engine.toyland.words import MARKS, START
-
-SAID = site("tune.said", "what the model says after the prompt: token ids")
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,9 @@ class Habit:
             raise ValueError(f"a batch needs a row and two tokens at least, not {rows} rows of {length}")
         rng = random.Random(f"{stream} {self.name} {seed} {step}")
         pieces: dict[str, list[int]] = {}
-        ids, nats, answers = [], [], []
+        ids: list[list[int]] = []
+        nats: list[list[float]] = []
+        answers: list[list[bool]] = []
         for _ in range(rows):
             said = write(self.make(), rng, length + 1)  # the start token may be none of the tokenizer's
             row: list[tuple[int, float, bool]] = []
@@ -57,8 +55,10 @@ class Habit:
                     pieces[word] = _tokens(tokenizer, word)
                 taught = word in self.taught and cost == 0.0
                 row += [(token, 0.0 if i else cost, taught) for i, token in enumerate(pieces[word])]
-            for column, values in zip((ids, nats, answers), zip(*row[:length], strict=True), strict=True):
-                column.append(list(values))
+            row = row[:length]
+            ids.append([token for token, _, _ in row])
+            nats.append([cost for _, cost, _ in row])
+            answers.append([taught for _, _, taught in row])
         return Batch(torch.tensor(ids), torch.tensor(nats, dtype=torch.float64), torch.tensor(answers))
 
 
@@ -104,11 +104,6 @@ def said(model: Decoder, tokenizer: TextTokens, prompt: str, *, steps: int = 16)
     """The greedy continuation of `prompt`, for reading before and after."""
     ids = tokenizer.prompt(prompt)
     return tokenizer.decode(list(generate(model, ids, steps=steps, cache=Full())))
-
-
-def fits(batch: Batch, vocab: int) -> Tensor:
-    """Whether each id lies in the vocabulary: a tokenizer of another model would not."""
-    return (batch.ids >= 0) & (batch.ids < vocab)
 
 
 def _tokens(tokenizer: TextTokens, word: str) -> list[int]:

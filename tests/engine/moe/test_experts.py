@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.auxiliary import auxiliary
 from engine.caches.full import Full
+from engine.generate import PARTS, multiplications
 from engine.model import Decoder
 from engine.moe.experts import Experts, dispatch, mixture
 from engine.moe.router import ExpertChoice, TopK, balance_loss, z_loss
@@ -164,3 +166,15 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(ValueError, match=words):
             Experts(SHAPE, 0, **options)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("k", [1, 3])
+def test_only_the_experts_that_are_called_are_counted(k, shared):
+    model = decoder(route=TopK(k), shared=shared)
+    text = torch.arange(9)[None]
+    with FlopCounterMode(display=False) as counter:
+        for block in model.blocks:
+            block.ffn(model.embed(text))
+    told = dict(zip(PARTS, multiplications(model, rows=9, keys=9), strict=True))["ffn"]
+    assert 2 * told == counter.get_total_flops()
