@@ -275,6 +275,30 @@ class Stretches(View):
 
 
 @dataclass(frozen=True)
+class Holding:
+    """One strip of a Footprint: what a design keeps, and a figure beside it."""
+
+    label: str
+    parts: Of  # numbers [layer]: what each layer keeps
+    detail: str = ""
+    figure: Of | None = None  # one number
+    figure_label: str = ""
+    figure_format: str = ".2f"
+    colour: str = "key"
+
+
+@dataclass(frozen=True)
+class Footprint(View):
+    """What designs keep, layer by layer, as strips on one scale: the longest that the run has fills the width. A strip
+    that grows or shrinks does so before the eyes."""
+
+    kind: ClassVar[str] = "footprint"
+    holdings: tuple[Holding, ...]
+    unit: str = "bytes a token"
+    grain: Of | None = None  # one number: what a head keeps in a layer; strips are ruled at it
+
+
+@dataclass(frozen=True)
 class Field:
     """One entry of a Calculator."""
 

@@ -30,7 +30,9 @@ from lessons.views import (
     Calculator,
     Curves,
     Field,
+    Footprint,
     Heatmaps,
+    Holding,
     Line,
     Number,
     Numbers,
@@ -222,6 +224,10 @@ SHARED_SCENE = Scene(
         Stack(
             of(KINDS), kinds=("window", "cross"), reads=of(READS), values=of(STORED), values_label="bytes a token",
             title="The layers", name="layers", span=6,
+        ),
+        Footprint(
+            (Holding("Shared", of(STORED), "layers that share"),),
+            title="What a token leaves", name="footprint",
         ),
         Plane(
             points=(
