@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from engine.model import Decoder
 
 
-def verify(draft: Draft, laws: Sequence[Tensor], *, dice: Dice) -> Verdict:
-    """Check a chain: `laws[i]` [V] is what the target says after i guesses, so there is one more than guesses."""
+def verify(draft: Draft, laws: Tensor, *, dice: Dice) -> Verdict:
+    """Check a chain: `laws` [1 + n, V] are what the target says after 0, 1 … n guesses."""
     if not draft.is_chain or len(laws) != len(draft) + 1:
         raise ValueError(f"a chain of {len(draft)} guesses needs {len(draft) + 1} laws, not {len(laws)}")
     for i, token in enumerate(draft.tokens):

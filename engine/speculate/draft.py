@@ -87,7 +87,8 @@ def write(model: Decoder, prompts: Tensor, *, new: int, seed: int) -> tuple[Tens
     """
     generator = torch.Generator().manual_seed(seed)
     cache = Full(capacity=prompts.shape[1] + new)
-    ids, parts = prompts, []
+    ids = prompts
+    parts: list[Tensor] = []
     for _ in range(new):
         unread = ids if not parts else ids[:, -1:]
         parts.append(model.hidden(unread, cache=cache))

@@ -35,12 +35,15 @@ FFN = 1024  # width of its feed-forward part
 class Feature(nn.Module):
     """The block, and the frozen rows that it borrows from its target. `words` [R] are the ids that it can say."""
 
+    words: Tensor
+
     def __init__(self, target: Decoder, words: Tensor, *, ffn_width: int = FFN) -> None:
         super().__init__()
         shape = target.shape
         self.shape = replace(shape, layers=1, ffn_width=ffn_width)
         self.join = nn.Linear(2 * shape.width, shape.width, bias=False)
-        self.block = Block(self.shape, mixer=SoftmaxAttention(self.shape, 0), ffn=SwiGLU(self.shape))
+        mixer, ffn = SoftmaxAttention(self.shape, 0), SwiGLU(self.shape)
+        self.block = Block(self.shape, mixer=mixer, ffn=ffn)
         self.norm = RMSNorm(shape.width, eps=shape.norm_eps)
         self.register_buffer("words", words.long())
         self.borrow(target)
@@ -49,7 +52,8 @@ class Feature(nn.Module):
         """Take embedding and head of the target: shared, never stored, never trained."""
         weight = target.embed.weight
         self._embed = weight.detach()
-        self._head = self._embed[self.words] if target.shape.tied else target.head.weight.detach()[self.words]  # R W
+        head = target.embed if target.shape.tied or target.head is None else target.head
+        self._head = head.get_parameter("weight").detach()[self.words]  # R W
         self._rope = rope_tables(
             self.shape.head_width, base=self.shape.rope_base, count=self.shape.max_positions, dtype=weight.dtype,
             device=weight.device,
@@ -70,18 +74,17 @@ class Feature(nn.Module):
 
     def start_from(self, target: Decoder, *, seed: int = 0) -> None:
         """Begin where little is left to learn: the last block of the target, as wide as there is room."""
-        last = target.blocks[-1]
+        last = target.blocks[-1].state_dict()
         width, wide = self.shape.ffn_width, target.shape.ffn_width
+        if width > wide:
+            raise ValueError(f"ffn_width must be at most the target's {wide} to start from it, not {width}")
+        # The neurons that write most: the norms of their columns.
+        neurons = last["ffn.down.weight"].norm(dim=0).topk(width).indices.sort().values
+        last["ffn.gate_up.weight"] = last["ffn.gate_up.weight"][torch.cat((neurons, neurons + wide))]
+        last["ffn.down.weight"] = last["ffn.down.weight"][:, neurons]
+        self.block.load_state_dict(last)
+        self.norm.load_state_dict(target.norm.state_dict())
         with torch.no_grad():
-            # The neurons that write most: the norms of their columns.
-            neurons = last.ffn.down.weight.norm(dim=0).topk(width).indices.sort().values
-            self.block.mixer.load_state_dict(last.mixer.state_dict())
-            self.block.norm1.load_state_dict(last.norm1.state_dict())
-            self.block.norm2.load_state_dict(last.norm2.state_dict())
-            self.norm.load_state_dict(target.norm.state_dict())
-            rows = torch.cat((neurons, neurons + wide))
-            self.block.ffn.gate_up.weight.copy_(last.ffn.gate_up.weight[rows])
-            self.block.ffn.down.weight.copy_(last.ffn.down.weight[:, neurons])
             # The next token's embedding, a hint of the feature, and noise to tell their parts apart.
             eye = torch.eye(self.shape.width)
             noise = 0.01 * torch.randn(self.join.weight.shape, generator=torch.Generator().manual_seed(seed))

@@ -90,7 +90,7 @@ class Branches(Cache):
         return self.inner.nbytes
 
 
-def verify(draft: Draft, laws: Sequence[Tensor], *, dice: Dice) -> Verdict:
+def verify(draft: Draft, laws: Tensor, *, dice: Dice) -> Verdict:
     """Check a tree from the text downwards: `laws[0]` [V] is what the target says after the text, `laws[1 + i]` after
     node i. Siblings are checked in turn, each against what the rejected ones before it left of p."""
     if len(laws) != len(draft) + 1:
