@@ -76,6 +76,7 @@ class Heatmaps(View):
     row_labels: str = ""  # "tokens" takes them from the text
     column_labels: str = ""
     lit: Of | None = None  # int: the first row computed at each step; rows above it are dimmed as reused
+    veil: Of | None = None  # the same rows and columns, without facets: cells where it is 0 are drawn grey, left out
     cell: Cell | None = None  # opens a cell's arithmetic
     gaps: bool = False  # draw cells apart (few, large cells) instead of edge to edge
     power: float = 1.0  # exponent of the colour scale: 0.5 shows small values
@@ -265,13 +266,16 @@ class Blocks(View):
 
 @dataclass(frozen=True)
 class Stretches(View):
-    """One memory in which each text has a single stretch, whose slots are used, still to be used, or never used."""
+    """One memory, slot by slot, twice: each text in a single stretch, whose slots are used, still to be used, or never
+    used; and, where `tables` is given, the same texts in blocks."""
 
     kind: ClassVar[str] = "stretches"
     tensor: Of  # [request, part]: start, length, tokens, tokens at its end, owner
     families: Of  # as in Blocks
     states: Of
     slots: Of  # how many there are
+    tables: Of | None = None  # as `tensor` of Blocks
+    codes: Of | None = None  # as `slots` of Blocks
 
 
 @dataclass(frozen=True)
@@ -296,6 +300,30 @@ class Footprint(View):
     holdings: tuple[Holding, ...]
     unit: str = "bytes a token"
     grain: Of | None = None  # one number: what a head keeps in a layer; strips are ruled at it
+
+
+@dataclass(frozen=True)
+class Tiles(View):
+    """A matrix that is swept tile by tile, driven by the engine's tiles alone: done, now, skipped, still to come. With
+    `mirror`, the whole matrix beside it keeps what the sweep forgets; below, counted bytes of both ways."""
+
+    kind: ClassVar[str] = "tiles"
+    tensor: Of  # [query, key]: the matrix that standard attention keeps; `cell` opens one of its cells
+    tile: Of  # [edge]: first query, the one after the last, first key, the one after the last
+    scores: Of  # [row, column]: what the tile computed; nothing at the step of a skipped one
+    largest: Of  # [query]: the largest score met so far, and `total`, the sum of exp(score - largest)
+    total: Of
+    held: Of  # bytes in SRAM now
+    causal: Of  # 1 where a query may not look at later keys
+    room: Of | None = None  # bytes that it has
+    moved: Of | None = None  # bytes between the memories so far, and what the standard way moved for as much
+    whole_moved: Of | None = None
+    peak: Of | None = None  # bytes in HBM at most
+    whole_peak: Of | None = None
+    width: Of | None = None  # [width]: as long as a query is wide
+    row: knob | None = None  # outlined, and chosen by a click
+    mirror: bool = True
+    cell: Cell | None = None
 
 
 @dataclass(frozen=True)

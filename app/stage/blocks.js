@@ -6,7 +6,7 @@ import { draw, make, say } from "./dom.js";
 import { frameAt, hueOf, letterOf } from "./owners.js";
 import { visible } from "./text.js";
 
-const ROW_TALL = 30;
+const ROW_TALL = 28;
 const BOX_LEAST = 78;
 const BOX_GAP = 9;
 const SLOT_TALL = 16;
@@ -73,8 +73,10 @@ export function blocks(host, spec, context) {
   const describe = ({ name, state, entries }) =>
     state === RUNNING ? `${name}: blocks ${entries.map((b) => (b < 0 ? "none" : b)).join(", ")}` : `${name} ${STATE_WORDS[state]}`;
 
-  const textOf = ({ entries }) =>
-    entries.flatMap((b) => (b < 0 ? ["…"] : now.boxes[b].slots.filter(({ code }) => code === HELD).map(({ id }) => (store.words.get(id) ?? "").replace(/\s+/g, " ")))).join("");
+  const textOf = ({ entries }) => {
+    const parts = entries.flatMap((b) => (b < 0 ? ["…"] : now.boxes[b].slots.filter(({ code }) => code === HELD).map(({ id }) => (store.words.get(id) ?? "").replace(/\s+/g, " "))));
+    return parts.join(parts.some((part) => /^\s|\s$/.test(part)) ? "" : " "); // a tokenizer of whole words keeps no blanks
+  };
 
   const paint = (change) => {
     const width = host.clientWidth;
@@ -135,7 +137,7 @@ export function blocks(host, spec, context) {
     ];
     if (!live && !context.bare) {
       const words = STATE_WORDS[state];
-      nodes.push(draw("text", { x: 32, y: y + 12.5, class: `blocks-state${state === AWAY || state === WAITING ? " loud" : ""}`, "dominant-baseline": "central" }, words));
+      nodes.push(draw("text", { x: 32, y: y + 12.5, class: `blocks-state blocks-halo${state === AWAY || state === WAITING ? " loud" : ""}`, "dominant-baseline": "central" }, words));
     }
     entries.forEach((b, j) => {
       const x = chipX(j, scene);

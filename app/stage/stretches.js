@@ -1,5 +1,6 @@
 /**
- * One memory, slot by slot, in which every text has a single stretch: used, still to be used, never to be used.
+ * One memory, slot by slot: every text in a single stretch, used, still to be used, never to be used; and below it the
+ * same texts in blocks, where only the last block of each has empty slots.
  */
 import { draw, make } from "./dom.js";
 import { frameAt, hueOf, letterOf } from "./owners.js";
@@ -8,6 +9,8 @@ const CELL_LEAST = 10;
 const CELL_MOST = 18;
 const CELL_TALL = 24;
 const LINE_GAP = 9;
+const BAND_HEAD = 18;
+const BAND_FOOT = 20;
 
 export function stretches(host, spec, context) {
   const { store } = context;
@@ -15,9 +18,9 @@ export function stretches(host, spec, context) {
   const legend = make(
     "div",
     { class: "legend" },
-    make("span", { class: "key fill-query" }, "holds a word"),
+    make("span", { class: "key fill-query" }, make("span", { class: "key-text" }, "holds a word")),
     make("span", { class: "key stretch-later" }, "kept for words still to come"),
-    make("span", { class: "key state-evicted" }, "kept, never used"),
+    make("span", { class: "key state-evicted" }, "kept, and empty"),
     make("span", { class: "key stretch-free" }, "free"),
   );
   host.append(picture, context.bare ? "" : legend);
@@ -32,7 +35,18 @@ export function stretches(host, spec, context) {
     const families = frameAt(store, spec.families, step)?.[0] || [];
     const states = frameAt(store, spec.states, step)?.[0] || [];
     const held = rows.filter(([, length]) => length).map(([start, length, tokens, last, owner]) => ({ start, length, tokens, last, owner, name: letterOf(families, owner) }));
-    return { slots, held, waiting: outside(states, held).map((owner) => letterOf(families, owner)) };
+    const name = (owner) => letterOf(families, owner);
+    const waits = states.flatMap((state, owner) => (state === 1 || state === 3 ? [name(owner)] : []));
+    return { slots, held, waiting: outside(states, held).map(name), waits, paged: inBlocks(name) };
+  };
+
+  /** Slot by slot, the texts whose block it is in, and whether it holds a word; null where no tables are given. */
+  const inBlocks = (name) => {
+    const tables = spec.tables ? frameAt(store, spec.tables, step) : null;
+    const codes = spec.codes ? frameAt(store, spec.codes, step) : null;
+    if (!tables || !codes) return null;
+    const owners = codes.map((_, b) => tables.flatMap((row, i) => (row.includes(b) ? [i] : [])));
+    return { size: codes[0].length, name, slots: codes.flatMap((row, b) => row.map((code) => ({ owners: owners[b], held: code === 1 }))) };
   };
 
   /** Those who have arrived and never had a stretch. */
@@ -52,7 +66,8 @@ export function stretches(host, spec, context) {
     const lines = Math.ceil(now.slots / most);
     const across = Math.ceil(now.slots / lines / 4) * 4;
     const cell = Math.min(CELL_MOST, width / across);
-    const head = context.bare ? 2 : 16;
+    const head = context.bare ? 2 : BAND_HEAD;
+    const band = lines * (CELL_TALL + LINE_GAP) + (context.bare ? 4 : BAND_HEAD + BAND_FOOT);
     const place = (n) => [(n % across) * cell, head + Math.floor(n / across) * (CELL_TALL + LINE_GAP)];
     const nodes = [];
     const span = (from, to, attributes) => {
@@ -87,13 +102,46 @@ export function stretches(host, spec, context) {
       const [x, y] = place(start);
       if (!context.bare) nodes.push(draw("text", { x: x + cell / 2 + 1, y: y + CELL_TALL / 2, class: "blocks-letter", "text-anchor": "middle", "dominant-baseline": "central" }, name));
     }
-    const height = head + lines * (CELL_TALL + LINE_GAP) + (context.bare ? 0 : 14);
-    if (!context.bare) nodes.push(draw("text", { x: 0, y: height - 5, class: "routes-head" }, now.waiting.length ? `outside, with no stretch long enough: ${now.waiting.join(", ")}` : "nobody waits"));
+    const waiting = (names) => (names.length ? `outside: ${names.join(", ")}` : "nobody waits");
+    const height = now.paged ? 2 * band : band;
+    if (now.paged) nodes.push(draw("g", { transform: `translate(0 ${band})` }, bandOf({ cell, across, place })));
+    if (!context.bare) {
+      nodes.push(draw("text", { x: 0, y: 11, class: "routes-head" }, "one stretch for each text"));
+      nodes.push(draw("text", { x: 0, y: band - 11, class: "routes-label" }, waiting(now.waiting)));
+      if (now.paged) nodes.push(draw("text", { x: 0, y: band + 11, class: "routes-head" }, `in blocks of ${now.paged.size}`));
+      if (now.paged) nodes.push(draw("text", { x: 0, y: height - 11, class: "routes-label" }, waiting(now.waits)));
+    }
     picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
     picture.style.height = `${height}px`;
     picture.replaceChildren(...nodes);
-    picture.setAttribute("aria-label", `${spec.title}, ${now.slots} slots. ${now.held.map(stretchWords).join("; ") || "nothing is held"}. Waiting: ${now.waiting.join(", ") || "nobody"}`);
+    picture.setAttribute("aria-label", `${spec.title}, ${now.slots} slots. ${now.held.map(stretchWords).join("; ") || "nothing is held"}. Outside: ${now.waiting.join(", ") || "nobody"}${now.paged ? `; in blocks, ${now.waits.join(", ") || "nobody"}` : ""}`);
     geometry = { cell, across, head };
+  };
+
+  /** The same slots in blocks: in a shared one, each owner has a part of every slot. */
+  const bandOf = ({ cell, across, place }) => {
+    const { size, slots, name } = now.paged;
+    const nodes = [];
+    let strokes = "";
+    let cuts = "";
+    let edges = "";
+    slots.forEach(({ owners, held }, n) => {
+      const [x, y] = place(n);
+      if (!owners.length) nodes.push(draw("rect", { x, y, width: cell, height: CELL_TALL, class: "stretch-ground" }));
+      const part = CELL_TALL / Math.max(1, owners.length);
+      owners.forEach((owner, k) => nodes.push(draw("rect", { x, y: y + k * part, width: cell, height: part, class: held ? null : "stretch-never", style: { fill: context.colours.role(hueOf(owner)) } })));
+      if (owners.length && !held) strokes += `M${x + 1} ${y + CELL_TALL - 3} L${x + cell - 1} ${y + 3}`;
+      if (n % across) cuts += `M${x} ${y}V${y + CELL_TALL}`;
+      if (n % size === 0) edges += `M${x} ${y - 3}V${y + CELL_TALL + 3}`;
+    });
+    nodes.push(draw("path", { d: strokes, class: "stretch-hatch" }), draw("path", { d: cuts, class: "stretch-cuts" }), draw("path", { d: edges, class: "stretch-block" }));
+    slots.forEach(({ owners }, n) => {
+      if (context.bare || n % size || !owners.length) return;
+      const [x, y] = place(n);
+      const part = CELL_TALL / owners.length;
+      owners.forEach((owner, k) => nodes.push(draw("text", { x: x + cell / 2 + 0.5, y: y + (k + 0.5) * part, class: `blocks-letter${owners.length > 1 ? " tiny" : ""}`, "text-anchor": "middle", "dominant-baseline": "central" }, name(owner))));
+    });
+    return nodes;
   };
 
   let geometry = null;
@@ -101,7 +149,7 @@ export function stretches(host, spec, context) {
     `${name}: slots ${start} to ${start + length - 1}, ${tokens} hold a word, ${last - tokens} will, ${length - last} never`;
 
   const redraw = () => {
-    const wanted = `${step} ${host.clientWidth} ${context.theme} ${store.of(spec.tensor)?.version}`;
+    const wanted = `${step} ${host.clientWidth} ${context.theme} ${store.of(spec.tensor)?.version} ${store.of(spec.tables)?.version}`;
     if (wanted === key && now) return true;
     now = read();
     if (!now || !host.clientWidth) return false;
