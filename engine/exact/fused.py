@@ -139,7 +139,7 @@ def layer_qkv(model: nn.Module, ids: Tensor | Sequence[int], *, layer: int) -> t
     text = torch.as_tensor(ids, device=weight.device).reshape(1, -1)
     names = ("attention.q", "attention.k", "attention.v")
     with torch.no_grad(), record(keep={name: {"layer": layer} for name in names}, budget=10**9) as recorder:
-        model.hidden(text)  # type: ignore[operator]
+        model.through(model.embed(text), range(layer + 1), shared={})  # type: ignore[operator]  # and no further
     recording = recorder.freeze()
     if not all(recording.has(name, layer=layer) for name in names):
         raise ValueError(f"layer {layer} must be softmax attention, not {type(blocks[layer].mixer).__name__}")
