@@ -6,11 +6,8 @@ target's own entropy); L_reg, smooth L1 between the features = `feature`, weight
 Deviations: the training set is written by the target itself, so that it has its law and nobody's licence; half of the
 features that the draft reads are its own guesses, as when it drafts (HASS, arXiv:2408.15766), instead of noise.
 
-    make_data(pack(model), tokenizer.encode, folder)        # minutes
-    draft = untrained(model, folder)
-    train(draft, folder, steps=1000)
-    ship(draft, path)
-    drafter = FeatureDraft(load(model, path))
+    make(Path("train/draft"))                               # an hour of one core, and it goes on where it stopped
+    drafter = FeatureDraft(load(model), length=3)
 """
 
 from __future__ import annotations
@@ -27,89 +24,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine import hardware
-from engine.caches.full import Full
+from engine import checkpoints, hardware
 from engine.model import Decoder
+from engine.packed import pack
 from engine.speculate.feature import FFN, Feature, packed
-from engine.speculate.seeds import seeds
+from engine.speculate.texts import ROWS, make_data
 from engine.weights import ModelUnavailable, read_tensors
 
 DRAFT = Path(__file__).parent.parent.parent / "assets" / "models" / "drafts" / "smollm2.safetensors"
-NEW = 192  # tokens that the target writes after each seed prompt
-ROWS = 64  # texts written at a time
-WARM = 0.8  # temperature of every second text; the others take the likeliest token
 WORDS = 6144  # words that the draft can say
+BATCHES = 10  # files of texts
+STEPS = 720
 PROMPT = 32  # tokens of a seed prompt at most: the end marks among them end no text
 FEATURE = 0.2  # weight of the features in the loss
-
-
-@torch.inference_mode()
-def make_data(
-    model: Decoder,
-    encode: Callable[[str], list[int]],
-    folder: Path,
-    *,
-    seconds: float = 1200.0,
-    batches: int = 10**6,
-    rows: int = ROWS,
-    new: int = NEW,
-    seed: int = 0,
-    progress: Callable[[int, float], None] | None = None,
-) -> int:
-    """Let `model` write texts after our seed prompts into `folder`, until `seconds` are up; returns the files there.
-
-    A file holds `ids` [rows, T] and `hidden` [rows, T - 1, W], what the model thought when it had read each of them:
-    its logits follow from that. Files that are there already are kept, so that a stopped run goes on.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = _batches([encode(prompt) for prompt in seeds(3000, seed=seed)], rows=rows, seed=seed)[:batches]
-    began = time.monotonic()
-    done = 0
-    for number, prompts in enumerate(plan):
-        path = folder / f"{number:04}.safetensors"
-        if not path.exists():
-            if time.monotonic() - began > seconds:
-                break
-            ids, hidden = write(model, torch.tensor(prompts), new=new, seed=seed + number)
-            part = path.with_suffix(".part")
-            save_file({"ids": ids.int(), "hidden": hidden.bfloat16()}, part)
-            part.replace(path)
-        done += 1
-        if progress is not None:
-            progress(done, time.monotonic() - began)
-    return done
-
-
-def write(model: Decoder, prompts: Tensor, *, new: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Go on from prompts [B, N] of one length: ids [B, N + new] and the hidden rows [B, N + new - 1, W].
-
-    Every second text is drawn at temperature WARM, the others are greedy.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    cache = Full(capacity=prompts.shape[1] + new)
-    ids = prompts
-    parts: list[Tensor] = []
-    for _ in range(new):
-        unread = ids if not parts else ids[:, -1:]
-        parts.append(model.hidden(unread, cache=cache))
-        logits = model.logits(parts[-1][:, -1])  # B V
-        noisy = logits[1::2].float() / WARM
-        # Gumbel's trick: the largest of logit minus log of an exponential number is a draw from the softmax.
-        noisy -= torch.empty_like(noisy).exponential_(generator=generator).log_()
-        token = logits.max(-1).indices
-        token[1::2] = noisy.max(-1).indices
-        ids = torch.cat((ids, token[:, None]), 1)
-    return ids, torch.cat(parts, 1)
-
-
-def _batches(prompts: list[list[int]], *, rows: int, seed: int) -> list[list[list[int]]]:
-    """Full batches of prompts of equal length, in mixed order."""
-    by_length: dict[int, list[list[int]]] = {}
-    for prompt in prompts:
-        by_length.setdefault(len(prompt), []).append(prompt)
-    groups = [same[i : i + rows] for same in by_length.values() for i in range(0, len(same) - rows + 1, rows)]
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [groups[i] for i in order]
 
 
 # --- training --------------------------------------------------------------------------------------------------
@@ -160,8 +87,8 @@ def train(
     folder: Path,
     *,
     steps: int,
-    rows: int = 16,
-    rate: float = 6e-4,
+    rows: int = 4,
+    rate: float = 1e-3,
     warmup: int = 30,
     until: int | None = None,
     eos: int | None = None,
@@ -229,6 +156,7 @@ def _resume(path: Path | None, model: Feature, optimiser: torch.optim.Optimizer)
         at = int((file.metadata() or {})["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    model.take_head()  # the words are those of the checkpoint
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimiser."):
@@ -236,6 +164,43 @@ def _resume(path: Path | None, model: Feature, optimiser: torch.optim.Optimizer)
             state.setdefault(int(i), {})[key] = tensor
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return at
+
+
+def make(
+    work: Path,
+    *,
+    path: Path = DRAFT,
+    batches: int = BATCHES,
+    steps: int = STEPS,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> int:
+    """Make the draft of SmolLM2 again: its texts and checkpoints under `work`, the result at `path`; returns its bytes.
+
+    What is there already is kept, so that a stopped run goes on. `progress` is told ("texts" or "training", done, all).
+    """
+    tell = progress or (lambda stage, done, total: None)
+    cpu, texts = torch.device("cpu"), work / "texts"
+    quick, tokenizer = checkpoints.load("smollm2", dtype=hardware.fast_dtype(cpu), device=cpu)
+    written = make_data(
+        pack(quick),
+        tokenizer.encode,
+        texts,
+        seconds=math.inf,
+        batches=batches,
+        progress=lambda done, _: tell("texts", done, batches),
+    )
+    target = checkpoints.load("smollm2", device=cpu)[0]
+    words, ffn_width = min(WORDS, target.shape.vocab), min(FFN, target.shape.ffn_width)
+    model = untrained(target, texts, words=words, ffn_width=ffn_width)
+    train(
+        model,
+        texts,
+        steps=steps,
+        eos=tokenizer.eos,
+        checkpoint=work / "checkpoint.safetensors",
+        progress=lambda done, total, _: tell("training", done, total),
+    )
+    return ship(model, path, steps=steps, texts=written * ROWS)
 
 
 # --- storing ---------------------------------------------------------------------------------------------------
@@ -258,6 +223,7 @@ def untrained(target: Decoder, folder: Path, *, words: int = WORDS, ffn_width: i
 
 def ship(model: Feature, path: Path = DRAFT, **facts: str | int | float) -> int:
     """Store the draft in float16, without what it borrows, and `facts` of its making; returns the bytes of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (value.half() if value.is_floating_point() else value.int()).cpu().contiguous()
         for name, value in model.state_dict().items()

@@ -53,11 +53,16 @@ class Feature(nn.Module):
         weight = target.embed.weight
         self._embed = weight.detach()
         head = target.embed if target.shape.tied or target.head is None else target.head
-        self._head = head.get_parameter("weight").detach()[self.words]  # R W
+        self._rows = head.get_parameter("weight").detach()  # V W
         self._rope = rope_tables(
             self.shape.head_width, base=self.shape.rope_base, count=self.shape.max_positions, dtype=weight.dtype,
             device=weight.device,
         )  # fmt: skip
+        self.take_head()
+
+    def take_head(self) -> None:
+        """Copy the target's rows of `words`: again, whenever these have changed."""
+        self._head = self._rows[self.words]  # R W
         self._packed_head: nn.Module | None = None
 
     def forward(self, features: Tensor, ids: Tensor, *, cache: Cache | None = None) -> Tensor:

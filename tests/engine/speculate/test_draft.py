@@ -6,9 +6,13 @@ from safetensors.torch import load_file
 
 from engine.caches.full import Full
 from engine.generate import generate
-from engine.speculate.draft import about, frequent, load, loss_of, make_data, ship, train, untrained, write
-from engine.speculate.feature import Feature
+from engine.model import Decoder, Shape
+from engine.speculate import draft
+from engine.speculate.draft import about, frequent, load, loss_of, ship, train, untrained
+from engine.speculate.feature import Feature, FeatureDraft
+from engine.speculate.loop import speculate
 from engine.speculate.seeds import seeds
+from engine.speculate.texts import make_data, write
 from engine.weights import ModelUnavailable
 from tests.engine.speculate.test_chain import EXACT, toy
 from tests.engine.speculate.test_feature import feature
@@ -55,10 +59,9 @@ def test_data_and_training_go_on_where_they_stopped(tmp_path):
     assert before.items() <= {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}.items()
 
     def trained(folder, *stops):
-        torch.manual_seed(0)
-        model = Feature(target, torch.arange(9), ffn_width=12)
-        for steps in stops:
-            torch.manual_seed(1)
+        for number, steps in enumerate(stops):
+            torch.manual_seed(number)  # what goes on starts from other weights and words than the checkpoint's
+            model = Feature(target, torch.arange(6) + 3 * number, ffn_width=12)
             assert train(model, tmp_path, steps=8, rows=4, checkpoint=folder / "c.safetensors", until=steps) == steps
         return model.state_dict()
 
@@ -129,3 +132,26 @@ def test_an_untrained_draft_speaks_the_words_of_the_texts(tmp_path):
             untrained(target, folder)
         with pytest.raises(ValueError, match="call make_data first"):
             train(model, folder, steps=1)
+
+
+def test_the_draft_is_made_by_one_call(tmp_path, monkeypatch):
+    shape = Shape(
+        vocab=9, width=16, layers=1, heads=2, kv_heads=1, head_width=8, ffn_width=24, max_positions=256
+    )  # fmt: skip
+    target = Decoder(shape, seed=0).eval().requires_grad_(False)
+
+    class Letters:
+        eos = None
+
+        def encode(self, text):
+            return [ord(letter) % 9 for letter in text[:6]]
+
+    monkeypatch.setattr(draft.checkpoints, "load", lambda name, **_: (target, Letters()))
+    told = []
+    path = tmp_path / "drafts" / "d.safetensors"
+    size = draft.make(tmp_path, path=path, batches=2, steps=2, progress=lambda *said: told.append(said))
+    assert size == path.stat().st_size
+    assert told == [("texts", 1, 2), ("texts", 2, 2), ("training", 1, 2), ("training", 2, 2)]
+    drafter = FeatureDraft(load(target, path), length=2)
+    expected = list(generate(target, [1, 2], steps=9, cache=Full()))
+    assert list(speculate(target, [1, 2], steps=9, drafter=drafter)) == expected
