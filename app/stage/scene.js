@@ -16,11 +16,12 @@ import { routes } from "./routes.js";
 import { slots } from "./slots.js";
 import { stack } from "./stack.js";
 import { stretches } from "./stretches.js";
+import { sweepTiles } from "./tiles.js";
 import { tokens } from "./tokens.js";
 import { Store } from "./track.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, tiles: sweepTiles };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */
