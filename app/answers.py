@@ -67,7 +67,7 @@ def cell(
     if found is None or not isinstance(at, dict) or not _within(*found, at, step):
         return [{**answer, "error": "There is no such cell."}]
     try:
-        opened = opener(recording, knobs, dict(at))
+        opened = opener(recording, knobs, dict(at) if step is None else {**at, "step": step})
     except Exception:
         log.exception("a cell of %s could not be opened at %s", tensor.name, at)
         return [{**answer, "error": "This cell's arithmetic could not be computed."}]

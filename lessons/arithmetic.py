@@ -24,10 +24,15 @@ def attention_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> A
 
     `at` has query, key and head; the layer is the knob's. Adjacent query heads share a key head.
     """
-    i, j, head = at["query"], at["key"], at["head"]
     layer = nearest(recording, "attention.q", knobs.layer)
     q_all = recording.stack("attention.q", layer=layer)[0]  # H T W
     k_all = recording.stack("attention.k", layer=layer)[0]  # H_kv T W
+    return look(q_all, k_all, at, layer=layer)
+
+
+def look(q_all: np.ndarray, k_all: np.ndarray, at: Mapping[str, int], *, layer: int) -> Arithmetic:
+    """The same from queries [H, T, W] and keys [H_kv, T, W], wherever they were kept."""
+    i, j, head = at["query"], at["key"], at["head"]
     if not (0 <= j <= i < q_all.shape[1] and 0 <= head < q_all.shape[0]):
         raise ValueError(f"query {i} cannot look at key {j}: it has not been written yet")
     kv_head = head // (q_all.shape[0] // k_all.shape[0])

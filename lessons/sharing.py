@@ -10,6 +10,8 @@ more token adds to the cache, layer by layer, weighed where the layer hands its 
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,16 +22,20 @@ from engine.caches.full import Full
 from engine.generate import generate
 from engine.model import Shape
 from engine.published import PUBLISHED
-from engine.recording import record, site, tap
-from engine.toyland import Grammar
+from engine.recording import note, record, site, tap
+from engine.toyland import Grammar, batch
 from engine.train import measure
 from engine.zoo import build
-from lessons.views import Arithmetic, Calculator, Field, Footprint, Holding, of
+from lessons.views import Arithmetic, Calculator, Field, Footprint, Holding, Plane, Points, of
 
 BYTES = site("sharing.bytes", "bytes that one more token adds to the cache, layer by layer", low=0.0, unit="B")
 PERPLEXITY = site("sharing.perplexity", "e to the mean surprisal, on texts of Toyland that no model was trained on")
 RECALL = site("sharing.recall", "share of the questions' words that come first", low=0.0, high=1.0)
+MS = site("sharing.milliseconds", "time of one new token, the best of several", unit="ms")
+TOTALS = site("sharing.totals", "bytes a token, one for each model", unit="B")
+QUALITY = site("sharing.perplexities", "perplexity, one for each model")
 TEXTS = {"rows": 16, "length": 128}  # what `judge` reads: 2,048 tokens, the same for all
+SERVED = {"rows": 8, "length": 512}  # conversations and tokens of each, for `milliseconds`
 MODELS = {
     "llama-2-7b": "Llama-2-7B",
     "llama-3-8b": "Llama-3-8B",
@@ -72,6 +78,41 @@ def judge(design: str, model: Any) -> dict[str, float]:
     return found
 
 
+def milliseconds(models: Sequence[Any], *, tries: int = 9) -> list[float]:
+    """Of each model the quickest of some decode steps, for SERVED conversations at once: one alone fits into any cache.
+
+    They take turns, so that a machine with other work slows all of them.
+    """
+    ids = batch(Grammar(), seed=0, step=0, stream="test", **SERVED).ids
+    caches = [Full(capacity=SERVED["length"] + tries) for _ in models]
+    best = [math.inf] * len(caches)
+    with record(keep={}):
+        for model, cache in zip(models, caches, strict=True):
+            model.hidden(ids, cache=cache)
+        for t in range(tries):
+            for i, (model, cache) in enumerate(zip(models, caches, strict=True)):
+                began = time.perf_counter()
+                model.hidden(ids[:, t : t + 1], cache=cache)
+                best[i] = min(best[i], (time.perf_counter() - began) * 1e3)
+    return best
+
+
+def compare(designs: Mapping[str, str], ids: Sequence[int]) -> None:
+    """Toys trained alike, {name: label}: what they keep, how well they read, how long a new token takes them.
+
+    Notes in `missing` those whose weights are not here: of them only the cache is known.
+    """
+    kept, quality = [], []
+    found = {name: toy(name) for name in designs}
+    for name, (model, trained) in found.items():
+        kept.append(int(weigh(name, model, ids).sum()))
+        quality.append(judge(name, model)["perplexity"] if trained else unknown(name))
+    note(missing=[designs[name] for name, (_, trained) in found.items() if not trained])
+    tap(TOTALS, np.array(kept, np.float32), "design")
+    tap(QUALITY, np.array(quality, np.float32), "design")
+    tap(MS, np.array(milliseconds([model for model, _ in found.values()]), np.float32), "design")
+
+
 def toy(name: str) -> tuple[Any, bool]:
     """The toy called `name`, and whether it is trained: where weights are missing, the shape still tells the cache."""
     if checkpoints.available(name)[0]:
@@ -79,10 +120,10 @@ def toy(name: str) -> tuple[Any, bool]:
     return build(name).eval().requires_grad_(False), False
 
 
-def unknown(design: str) -> None:
+def unknown(design: str) -> float:
     """In place of `judge`, for a toy whose weights are not here."""
-    tap(PERPLEXITY, float("nan"), "", design=design)
-    tap(RECALL, float("nan"), "", design=design)
+    tap(RECALL, math.nan, "", design=design)
+    return tap(PERPLEXITY, math.nan, "", design=design)
 
 
 def footprint(*designs: tuple[str, str, str], quality: bool = True, **view: Any) -> Footprint:
@@ -95,6 +136,20 @@ def footprint(*designs: tuple[str, str, str], quality: bool = True, **view: Any)
         for name, label, detail in designs
     )  # fmt: skip
     return Footprint(holdings=holdings, **({"name": "footprint", "title": "What one more token costs"} | view))
+
+
+def front(*labels: str, **view: Any) -> Plane:
+    """What `compare` found, in its order: bytes a token against perplexity."""
+    points = Points("toys trained alike", of(TOTALS), of(QUALITY), colour="key", names=labels)
+    shown = {
+        "name": "front",
+        "title": "Small and good?",
+        "note": "lower left is better",
+        "origin": "toy",
+        "height": 230,
+    }
+    axes = {"x_label": "bytes a token", "y_label": "perplexity", "log_x": True, "x_format": ",.0f", "format": ".2f"}
+    return Plane(points=(points,), **(axes | shown | view))
 
 
 # --- the calculator -----------------------------------------------------------------------------------------
