@@ -195,7 +195,8 @@ class Points:
 @dataclass(frozen=True)
 class Plane(View):
     """Points on two axes, which the learner may enlarge and move: rooflines, Pareto fronts. `lines` give whole curves
-    (their `x` and `tensor` are rows of one length). A click on a point of `tensor` opens `cell`."""
+    (their `x` and `tensor` are rows of one length). A click on a point opens `cell`: the last axis of `tensor` is the
+    point's number, an axis before it the number of its group, a growing axis its step."""
 
     kind: ClassVar[str] = "plane"
     points: tuple[Points, ...]

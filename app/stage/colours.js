@@ -45,6 +45,8 @@ export function palette(root) {
     ink: (name) => read(`${name}-ink`) || roles[name] || roles.ink,
     scale,
     /** The same scale, stepped back towards the panel: what is reused rather than computed now. */
+    /** Without colour: what a mask leaves out. Its ground is darker than a scale's, so that its edge is seen at once. */
+    closed: () => table("closed", "closed", () => greys(hexToRgb(roles.line), hexToRgb(roles.muted))),
     dimmed: (name) => table(name, `dim ${name}`, () => mixed(scale(name), hexToRgb(roles.panel), 0.42)),
   };
 }
@@ -76,6 +78,10 @@ function reversed(table) {
 function mixed(table, [r, g, b], share) {
   const mix = (from, to) => from + (to - from) * share;
   return table.map((c) => pack(mix(c & 255, r), mix((c >> 8) & 255, g), mix((c >> 16) & 255, b)));
+}
+
+function greys(from, to) {
+  return Uint32Array.from({ length: 256 }, (_, i) => pack(...from.map((low, k) => low + ((to[k] - low) * i) / 255)));
 }
 
 function hexToRgb(hex) {

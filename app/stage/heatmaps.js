@@ -70,7 +70,8 @@ export function heatmaps(host, spec, context) {
     const marked = spec.gaps ? `${context.knobs[spec.rows]} ${context.knobs[spec.columns]}` : "";
     const key = [matrix.key, host.clientWidth, focus(), context.theme, low, high, words, marked].join(" ");
     if (key !== drawn.key) lay(key);
-    const lines = matrix.linesAt(step);
+    const veil = spec.veil ? store.of(spec.veil) : null;
+    const lines = Math.min(matrix.linesAt(step), spec.veil && matrix.mode === "down" ? (veil ? veil.count : 0) : Infinity);
     const litTrack = spec.lit ? store.of(spec.lit) : null;
     const lit = litTrack ? litTrack.scalarAt(step) ?? 0 : 0;
     const newest = matrix.mode === "frame" ? matrix.track.countAt(step) : -1;
@@ -95,7 +96,7 @@ export function heatmaps(host, spec, context) {
   const repaint = ([from, to], lines, lit) => {
     if (to <= from) return;
     const painted = Math.min(to, lines);
-    if (painted > from) matrix.paint(from, painted, step, ...colourTables(), lit);
+    if (painted > from) matrix.paint(from, painted, step, ...colourTables(), lit, spec.veil ? context.colours.closed() : null);
     for (const box of plan.boxes) {
       if (spec.gaps) tiles(scene(), box, lines);
       else blit(scene(), box, from, to, lines);
@@ -139,7 +140,9 @@ export function heatmaps(host, spec, context) {
       const { symbol, unit } = matrix.track.about;
       const value = `${symbol ? `${symbol} ` : ""}${coded ? "≈" : "="} ${short(matrix.track.value(at.r, at.place))} ${unit || ""}`;
       const place = `${named(spec.rows, cell.i)} · ${named(spec.columns, cell.j)}`;
-      return [value.trim(), place, ...(matrix.facets > 1 ? [`${spec.facet} ${cell.facet}`] : [])];
+      const veil = spec.veil ? store.of(spec.veil) : null;
+      const out = veil && cell.i < veil.count && veil.value(cell.i, cell.j) === 0;
+      return [value.trim(), place, ...(matrix.facets > 1 ? [`${spec.facet} ${cell.facet}`] : []), ...(out ? ["left out by the mask"] : [])];
     },
     open(cell) {
       const small = focus() !== null && cell.facet !== focus();

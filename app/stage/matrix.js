@@ -87,13 +87,15 @@ export class Matrix {
   }
 
   /** Paint lines from..to of the sheet with a colour table; `from` is the first line of `lit` the bright ones. */
-  paint(from, to, step, bright, dim, lit) {
+  paint(from, to, step, bright, dim, lit, closed) {
     const [low, high] = this.bounds();
     const newest = this.track.countAt(step) - 1;
+    const veil = this.spec.veil ? this.store.of(this.spec.veil) : null;
     for (let line = from; line < to; line += 1) {
       const row = this.track.row(this.mode === "frame" ? newest : line);
       const table = line < lit ? dim : bright;
       this.paintLine(line, row, this.shader(row, table, low, high));
+      if (veil && this.mode === "down" && line < veil.count) this.veilLine(line, row, veil.row(line), this.shader(row, closed, low, high));
     }
     if (this.mode === "across") this.pen.putImageData(this.image, 0, 0);
     else this.pen.putImageData(this.image, 0, 0, 0, from, this.sheet.width, to - from);
@@ -113,6 +115,19 @@ export class Matrix {
       const next = across ? stretch : 1;
       for (let k = 0; k < count; k += 1, pixel += next) pixels[pixel] = shade(row.data[from + k * inner]);
       if (!across) pixels.fill(0, pixel, line * stretch + (facet + 1) * columns);
+    }
+  }
+
+  /** Paint the cells of a line anew that a mask leaves out. */
+  veilLine(line, row, mask, shade) {
+    const { places, width } = this.strides(row);
+    const { pixels, columns, facets, sheet } = this;
+    for (let facet = 0; facet < facets; facet += 1) {
+      const base = row.offset + facet * places.facet;
+      const pixel = line * sheet.width + facet * columns;
+      for (let j = 0; j < Math.min(width, columns, mask.width); j += 1) {
+        if (!mask.data[mask.offset + j]) pixels[pixel + j] = shade(row.data[base + j * places.column]);
+      }
     }
   }
 

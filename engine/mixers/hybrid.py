@@ -10,11 +10,13 @@ Deviation: the feed-forward after each mixer is the decoder's own (Jamba has MoE
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from engine.mixers.state import at_least
+from engine.weights import settle, unfilled
 
 if TYPE_CHECKING:
     from engine.model import Decoder, Shape
@@ -39,6 +41,23 @@ def spread(layers: int, count: int) -> list[int]:
     if at_least("count", count, 0) > layers:
         raise ValueError(f"count must be at most layers={layers}, not {count}")
     return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
+
+
+def remixed(model: Decoder, mixer: Mixer, *, layers: int | None = None) -> Decoder:
+    """The weights of `model` under other mixers, converted without retraining: nothing is copied, names must agree.
+
+    `layers` keeps the first so many layers only, whose output the last norm then reads.
+    """
+    count = model.shape.layers if layers is None else at_least("layers", layers, 1)
+    if count > model.shape.layers:
+        raise ValueError(f"layers must be at most the {model.shape.layers} of the model, not {count}")
+    tensors = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith("blocks.") or int(name.split(".")[1]) < count
+    }
+    made = unfilled(lambda: type(model)(replace(model.shape, layers=count), mixer=mixer))
+    return settle(made, tensors, dtype=None, device=next(model.parameters()).device)
 
 
 def layer_stack(model: Decoder) -> list[str]:

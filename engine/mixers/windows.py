@@ -147,8 +147,14 @@ def measured_reach(model: Decoder, ids: Tensor, *, position: int = -1, seed: int
     Row l tells which tokens entering layer l matter; an exact 0 says that nothing gets through. Taps the rows.
     """
     entering: list[Tensor] = []
+
+    def enter(_: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()  # weights may be frozen
+        entering.append(x)
+        return (x,)
+
     with torch.inference_mode(False), torch.enable_grad():
-        handles = [b.register_forward_pre_hook(lambda _, args: entering.append(args[0])) for b in model.blocks]
+        handles = [b.register_forward_pre_hook(enter) for b in model.blocks]
         try:
             y = model.hidden(ids.clone())[:, position]  # B W
         finally:

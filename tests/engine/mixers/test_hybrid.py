@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from engine.caches.full import Full
-from engine.mixers.hybrid import hybrid, layer_stack, spread
+from engine.mixers.hybrid import hybrid, layer_stack, remixed, spread
 from engine.mixers.mamba import Mamba
 from engine.mixers.rwkv import Rwkv
 from engine.mixers.softmax import SoftmaxAttention
 from engine.mixers.state import state_bytes
+from engine.mixers.windows import WindowAttention
 from engine.model import Decoder, Shape
 
 from .common import in_parts, tokens
@@ -75,3 +76,26 @@ def test_bad_input_is_named():
         spread(4, -1)
     with pytest.raises(ValueError, match="layers must be a whole number from 1 on, not 0"):
         spread(0, 0)
+
+
+def test_the_same_weights_under_other_mixers():
+    """Windows as wide as the text are full attention; narrower ones are not; nothing is copied."""
+    model = Decoder(SHAPE, seed=3).eval()
+    ids = tokens(20)
+    wide = remixed(model, lambda layer: WindowAttention(SHAPE, layer, window=20))
+    narrow = remixed(model, lambda layer: WindowAttention(SHAPE, layer, window=3))
+    torch.testing.assert_close(wide(ids), model(ids))
+    assert (narrow(ids) - model(ids)).abs().max() > 1e-4
+    assert wide.embed.weight.data_ptr() == model.embed.weight.data_ptr()
+
+
+def test_fewer_layers_are_the_first_ones():
+    model = Decoder(SHAPE, seed=3).eval()
+    ids = tokens(9)
+    short = remixed(model, attention, layers=2)
+    assert len(short.blocks) == short.shape.layers == 2
+    x = model.through(model.embed(ids), range(2), shared={})
+    torch.testing.assert_close(short.hidden(ids), model.norm(x))
+    for layers in (0, 9):
+        with pytest.raises(ValueError, match="layers"):
+            remixed(model, attention, layers=layers)

@@ -1,0 +1,70 @@
+"""Asking several models the same questions, one after the other: how much each has found so far, and what it holds.
+
+Shared by lessons that compare memories: a code told long ago (windows), one pair of many (linear, ssm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.caches.full import Full
+from engine.evaluate import Question, ask, passkey
+from engine.mixers.state import state_bytes
+from engine.toyland import Grammar
+from engine.toyland.questions import pairs_question, passkey_question
+
+BEFORE = 2  # sentences of filler before a code
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One model after so many questions."""
+
+    right: float  # share of answers that were right
+    held: int  # bytes of keys, values and states after the last question, from the tensors
+    said: str  # its last answer
+
+
+def code(tokenizer: Any, *, toy: bool, tokens: int, seed: int) -> Question:
+    """A code near the start of about so many tokens, asked for at the end."""
+    if not toy:
+        return passkey(tokenizer, tokens=tokens, depth=0.1, seed=seed)
+    grammar = Grammar()
+    shortest = len(tokenizer.prompt(passkey_question(grammar, before=BEFORE, after=0, seed=seed).prompt))
+    return passkey_question(grammar, before=BEFORE, after=max(0, tokens - 4 - shortest) // 6, seed=seed)
+
+
+def one_pair(count: int, *, seed: int, grammar: Grammar | None = None) -> Question:
+    """Which value belongs to one key among `count` pairs, each told once."""
+    return pairs_question(grammar or Grammar(), pairs=count, seed=seed)
+
+
+def standings(
+    models: Mapping[str, Any], tokenizer: Any, questions: Iterable[Question]
+) -> Iterator[dict[str, Standing]]:
+    """After each question, where every model stands. Each reads it with a new cache."""
+    right = dict.fromkeys(models, 0)
+    for count, question in enumerate(questions, 1):
+        now = {}
+        for name, model in models.items():
+            cache = Full()
+            answer = ask(model, tokenizer, question, cache=cache)
+            right[name] += answer.right
+            now[name] = Standing(right[name] / count, cache.nbytes + state_bytes(cache.states), answer.text.strip())
+        yield now
+
+
+def by_pairs(
+    models: Mapping[str, Any],
+    tokenizer: Any,
+    counts: Iterable[int],
+    *,
+    questions: int,
+    make: Callable[..., Question] = one_pair,
+) -> Iterator[tuple[int, dict[str, Standing]]]:
+    """Recall against the number of pairs to keep: each count with so many questions, the running standings."""
+    for count in counts:
+        for now in standings(models, tokenizer, (make(count, seed=1000 * count + n) for n in range(questions))):
+            yield count, now
