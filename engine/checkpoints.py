@@ -25,6 +25,7 @@ from engine.weights import ModelUnavailable, read_tensors, settle, sha256
 
 __all__ = ["Entry", "ModelUnavailable", "TextTokens", "available", "catalogue", "fetch_smollm2", "load", "verify"]
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # that a page may ask for by name
 ZOO = Path(__file__).parent.parent / "assets" / "models"
 
 _loaded: dict[tuple[str, torch.dtype | None, torch.device], tuple[Decoder, TextTokens]] = {}

@@ -8,6 +8,7 @@ The device is chosen in this file and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import time
@@ -21,6 +22,7 @@ import torch
 
 CPU_CACHES = Path("/sys/devices/system/cpu")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+PIECE = 2**23  # bytes of one timed read
 MEASURING = RLock()  # two measurements at a time would halve each other
 
 
@@ -83,8 +85,19 @@ def describe() -> Machine:
     )
 
 
-def memory_levels() -> tuple[Level, ...]:
-    """The CPU's data caches and its memory, nearest first; memory alone where the system does not tell."""
+def devices() -> tuple[str, ...]:
+    """The kinds of device that are here, the one that `device` chooses first."""
+    return ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+
+
+def memory_levels(where: torch.device | None = None) -> tuple[Level, ...]:
+    """A device's data caches and its memory, nearest first; memory alone where the system does not tell.
+
+    Without `where` the CPU's. Of a GPU the cache that all its units share is told.
+    """
+    if where is not None and where.type == "cuda":
+        gpu = torch.cuda.get_device_properties(where)
+        return (Level("L2", gpu.L2_cache_size), Level("memory", gpu.total_memory))
     places: dict[str, dict[str, int]] = {}  # level name → the cores that share one place → its bytes
     for folder in CPU_CACHES.glob("cpu[0-9]*/cache/index*"):
         try:
@@ -99,17 +112,22 @@ def memory_levels() -> tuple[Level, ...]:
     return (*caches, Level("memory", describe().memory))
 
 
-def holder(nbytes: int) -> Level:
-    """The nearest level whose whole capacity holds `nbytes`: where the weights of a small model come to sit."""
-    levels = memory_levels()
-    return next((level for level in levels if level.capacity >= nbytes), levels[-1])
+def holder(nbytes: int, where: torch.device | None = None) -> Level:
+    """The nearest level that holds `nbytes` for the threads that work: where the weights of a small model come to sit.
+
+    Of a level that each core has to itself only those of `threads` cores count.
+    """
+    levels = memory_levels(where)
+    used = threads()
+    return next((level for level in levels if level.size * min(level.count, used) >= nbytes), levels[-1])
 
 
 def bandwidth(where: torch.device | None = None, *, size: int | None = None) -> float:
-    """Bytes a second that a streaming read reaches: the best of several sums over one big tensor.
+    """Bytes a second that a streaming read reaches: the best of many sums over pieces of one big tensor.
 
     `size` is how many bytes are read over and over: by default eight times the caches, so that they come
-    from memory; smaller than a cache, it measures that cache.
+    from memory; smaller than a cache, it measures that cache. Pieces are short, so that a machine that does other
+    things too leaves some of them alone.
     """
     where = where or device()
     if size is None:
@@ -121,7 +139,8 @@ def bandwidth(where: torch.device | None = None, *, size: int | None = None) -> 
 def flops(dtype: torch.dtype, where: torch.device | None = None) -> float:
     """Floating-point operations a second of a big square matmul in `dtype`, multiply and add counted as two.
 
-    The side grows until one product takes 10 ms, so that a dtype without fast kernels is not waited for.
+    The side grows until one product takes 2 ms: a dtype without fast kernels is not waited for, and a machine that
+    does other things too leaves some products alone.
     """
     return _flops(dtype, where or device())
 
@@ -130,7 +149,10 @@ def flops(dtype: torch.dtype, where: torch.device | None = None) -> float:
 def _bandwidth(where: torch.device, size: int) -> float:
     with MEASURING:
         data = torch.ones(size // 4, device=where)
-        return data.nbytes / _best(lambda: data.sum(), where, seconds=0.3)
+        pieces = data.split(len(data) if where.type == "cuda" else PIECE // 4)
+        pieces = [piece for piece in pieces if len(piece) == len(pieces[0])]
+        turn = itertools.cycle(pieces)
+        return pieces[0].nbytes / _best(lambda: next(turn).sum(), where, seconds=0.3)
 
 
 @cache
@@ -140,10 +162,10 @@ def _flops(dtype: torch.dtype, where: torch.device) -> float:
         while True:
             a = torch.ones(side, side, dtype=dtype, device=where)
             took = _best(lambda a=a: a @ a, where, seconds=0.0)  # type: ignore[misc]
-            if took > 0.01 or side >= (16384 if where.type == "cuda" else 4096):
+            if took > 0.002 or side >= (16384 if where.type == "cuda" else 4096):
                 break
             side *= 2
-        return 2 * side**3 / min(took, _best(lambda: a @ a, where, seconds=0.15))
+        return 2 * side**3 / min(took, _best(lambda: a @ a, where, seconds=0.2))
 
 
 def _best(work: Callable[[], object], where: torch.device, *, seconds: float) -> float:

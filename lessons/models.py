@@ -18,14 +18,14 @@ def choice(*, default: str = REAL) -> param.Selector:
     return param.Selector(default=default, objects=dict(LABELS), label="Model", doc="A real model, or a toy one.")
 
 
-def load(name: str, *, fast: bool = False) -> tuple[Any, Any]:
+def load(name: str, *, fast: bool = False, dtype: str = "", device: str = "") -> tuple[Any, Any]:
     """The model and its tokenizer; notes in the recording which one it is.
 
     `fast` lets a real model run in bfloat16 where that is quick: for long readings, whose figures differ by less
-    than one in a hundred.
+    than one in a hundred. `dtype` (one of `checkpoints.DTYPES`) and `device` say otherwise where they are given.
     """
-    dtype = hardware.fast_dtype() if fast and name == REAL else None
-    model, tokenizer = checkpoints.load(name, dtype=dtype)
+    kind = hardware.fast_dtype() if fast and name == REAL else None
+    model, tokenizer = checkpoints.load(name, dtype=checkpoints.DTYPES.get(dtype, kind), device=device or None)
     shape = model.shape
     note(
         model={

@@ -37,7 +37,7 @@ export function plane(host, spec, context) {
 
   const usable = ({ x, y }) => Number.isFinite(x) && Number.isFinite(y) && (!spec.log_x || x > 0) && (!spec.log || y > 0);
 
-  /** Every point at the step: {group, x, y, name, index, old}. */
+  /** Every point at the step: {group, x, y, name, index, row, old}. */
   const read = () =>
     spec.points.flatMap((group) => {
       const track = store.of(group.x);
@@ -46,7 +46,7 @@ export function plane(host, spec, context) {
       return Array.from({ length: count - first }, (_, i) => first + i).flatMap((r) => {
         const ys = rowOf(group.y, r);
         return rowOf(group.x, r)
-          .map((x, index) => ({ group, x, y: ys[index], index, name: group.names[index] || (group.trail ? `${group.label} ${r + 1}` : group.label), old: group.trail && r < count - 1 }))
+          .map((x, index) => ({ group, x, y: ys[index], index, row: r, name: group.names[index] || (group.trail ? `${group.label} ${r + 1}` : group.label), old: group.trail && r < count - 1 }))
           .filter(usable);
       });
     });
@@ -56,6 +56,17 @@ export function plane(host, spec, context) {
       const ys = rowOf(line.tensor);
       const xs = line.x ? rowOf(line.x) : ys.map((_, i) => i);
       return { line, list: xs.map((x, i) => ({ x, y: ys[i] })).filter(usable) };
+    });
+
+  /** All points of the run so far, whatever the step: axes that jumped with it would hide what moves. */
+  const everywhere = () =>
+    spec.points.flatMap((group) => {
+      const [xs, ys] = [store.of(group.x), store.of(group.y)];
+      const rows = xs && ys ? Math.min(xs.count, ys.count) : 0;
+      return Array.from({ length: rows }, (_, r) => r).flatMap((r) => {
+        const { shape, width } = xs.row(r);
+        return Array.from({ length: shape.length ? width : 1 }, (_, i) => ({ x: xs.value(r, i), y: ys.value(r, i) })).filter(usable);
+      });
     });
 
   const spread = (values, log) => {
@@ -69,7 +80,7 @@ export function plane(host, spec, context) {
   const lay = () => {
     const points = read();
     const curves = lines();
-    const every = [...points, ...curves.flatMap(({ list }) => list)];
+    const every = [...everywhere(), ...curves.flatMap(({ list }) => list)];
     if (!every.length || !host.clientWidth) return null;
     const width = host.clientWidth;
     const height = context.height || spec.height;
@@ -132,7 +143,12 @@ export function plane(host, spec, context) {
     },
     open: (at) => {
       const track = spec.cell && spec.tensor ? store.of(spec.tensor) : null;
-      if (track) context.open({ [track.axes[0]]: layout.points[at].index });
+      if (!track) return;
+      const { group, index, row } = layout.points[at];
+      const [inner, outer] = [...track.axes].reverse();
+      const place = spec.points.indexOf(group);
+      if (outer && place >= track.extent(outer)) return;
+      context.open({ [inner]: index, ...(outer && { [outer]: place }), ...(track.about.grows && { [track.about.grows]: row }) });
     },
   }, context.announce);
 

@@ -27,6 +27,13 @@ def test_threads_are_the_cores_of_this_process_and_of_its_quota(tmp_path, monkey
         assert hardware.threads() == count
 
 
+def test_the_devices_that_are_here_begin_with_the_one_that_is_chosen():
+    found = hardware.devices()
+    assert found[0] == hardware.device().type
+    assert "cpu" in found
+    assert ("cuda" in found) == torch.cuda.is_available()
+
+
 def test_the_machine_describes_itself():
     machine = hardware.describe()
     assert machine.cpu
@@ -50,6 +57,7 @@ def test_memory_levels_are_read_from_the_system(tmp_path, monkeypatch):
         cache(cpu, 3, 3, "Unified", "32768K", "0-1")
     (tmp_path / "cpu1" / "cache" / "index9").mkdir()  # a level that tells nothing is left out
     monkeypatch.setattr(hardware, "CPU_CACHES", tmp_path)
+    monkeypatch.setattr(hardware, "threads", lambda: 2)
     levels = hardware.memory_levels()
     assert [(level.name, level.size, level.count) for level in levels[:-1]] == [
         ("L1", 48 * 1024, 2), ("L2", 1024 * 1024, 2), ("L3", 32 * 1024 * 1024, 1)
@@ -57,6 +65,8 @@ def test_memory_levels_are_read_from_the_system(tmp_path, monkeypatch):
     assert levels[-1] == hardware.Level("memory", hardware.describe().memory)
     holders = {1: "L1", 96 * 1024: "L1", 96 * 1024 + 1: "L2", 33_000_000: "L3", 34_000_000: "memory", 10**15: "memory"}
     assert {size: hardware.holder(size).name for size in holders} == holders
+    monkeypatch.setattr(hardware, "threads", lambda: 1)  # one thread fills one core's caches
+    assert [hardware.holder(size).name for size in (48 * 1024, 96 * 1024, 2**20, 2**20 + 1)] == ["L1", "L2", "L2", "L3"]
     monkeypatch.setattr(hardware, "CPU_CACHES", tmp_path / "none")
     assert [level.name for level in hardware.memory_levels()] == ["memory"]
 
