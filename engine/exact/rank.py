@@ -97,7 +97,7 @@ def travel(job: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Message:
                 sent, incoming = sent + kv.nbytes, max(incoming, nxt.nbytes + kv.nbytes)
                 if not job["overlap"]:
                     carry.join()
-            begin = time.monotonic_ns()
+            begin, used = time.monotonic_ns(), time.thread_time_ns()
             place_q = 0
             for queries in kept[rank]:
                 rows = slice(place_q, place_q := place_q + queries[1] - queries[0])
@@ -114,7 +114,9 @@ def travel(job: dict[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Message:
                     scores = max(scores, found[1].numel() * (keys[1] - keys[0]) * q.element_size())
             if cuda:
                 torch.cuda.synchronize(device)
-            events.append(_event("compute", step, block, begin, time.monotonic_ns()))
+            end = time.monotonic_ns()
+            work = end - begin if cuda else time.thread_time_ns() - used  # without the time that others had the core
+            events.append({**_event("compute", step, block, begin, end), "work": work})
             if carry is not None:
                 carry.join()
                 events.append(_event("send", step, block, carry.begin, carry.sent))

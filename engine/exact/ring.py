@@ -34,13 +34,15 @@ EXPOSED = site("ring.exposed", "seconds of that transfer in which the rank did n
 
 @dataclass(frozen=True)
 class Span:
-    """Something that a rank did, in seconds since the first began; `block` is whose keys and values."""
+    """Something that a rank did, in seconds since the first began; `block` is whose keys and values, `work` the seconds
+    of processor time that computing took: less than it lasted where processes share a core."""
 
     kind: str  # compute, send, recv
     step: int
     block: int
     begin: float
     end: float
+    work: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -85,6 +87,7 @@ class Ring:
         return [self.seconds - rank.busy for rank in self.ranks]
 
 
+IDLE = 60.0  # seconds without a call after which the processes of the shared pool end
 _shared: list[Pool] = []
 _sharing = threading.Lock()
 
@@ -93,7 +96,7 @@ def shared_pool() -> Pool:
     """The one pool of this process, which serves all callers in turn; it keeps nothing of a call."""
     with _sharing:
         if not _shared:
-            _shared.append(Pool())
+            _shared.append(Pool(idle=IDLE))
         return _shared[0]
 
 
@@ -155,9 +158,10 @@ def ring_attention(
 
 def _rank(header: dict[str, Any], began: int) -> Rank:
     spans = [
-        Span(e["kind"], e["step"], e["block"], (e["begin"] - began) / 1e9, (e["end"] - began) / 1e9)
+        Span(e["kind"], e["step"], e["block"], (e["begin"] - began) / 1e9, (e["end"] - began) / 1e9,
+             e.get("work", 0) / 1e9)
         for e in header["events"]
-    ]
+    ]  # fmt: skip
     return Rank(tuple(spans), *(header[name] for name in ("sent", "computed", "skipped", "memory", "scores")))
 
 
