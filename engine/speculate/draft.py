@@ -34,7 +34,7 @@ from engine.weights import ModelUnavailable, read_tensors
 DRAFT = Path(__file__).parent.parent.parent / "assets" / "models" / "drafts" / "smollm2.safetensors"
 WORDS = 6144  # words that the draft can say
 BATCHES = 10  # files of texts
-STEPS = 720
+STEPS = 650
 PROMPT = 32  # tokens of a seed prompt at most: the end marks among them end no text
 FEATURE = 0.2  # weight of the features in the loss
 

@@ -1,6 +1,7 @@
 """How much faster SmolLM2-135M answers when tokens are guessed and checked, beside the plain loop, taking turns.
 
     python -m tests.benchmarks.bench_speculate [--rounds 3] [--new 64] [--draft PATH] [--temperature 0] [--rows]
+        [--kinds "free chat"] [--only "draft 3"]
 
 Every contender says the same prompt in every round, so that whatever else the machine does hits them alike. Ratios are
 of sums over the prompts of a kind, of the best round of each; processor time beside wall time, since a busy machine
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,6 +81,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--draft", type=Path, default=DRAFT)
+    parser.add_argument("--kinds", nargs="*", default=list(PROMPTS), help="of prompts")
+    parser.add_argument("--only", nargs="*", help="contenders beside the plain loop; all by default")
     parser.add_argument("--rows", action="store_true", help="only the cost of rows")
     options = parser.parse_args()
     dtype = hardware.fast_dtype(torch.device("cpu"))
@@ -101,23 +105,25 @@ def main() -> None:
             "draft 2": lambda: FeatureDraft(feature, length=2),
             "draft 3": lambda: FeatureDraft(feature, length=3),
             "draft 4": lambda: FeatureDraft(feature, length=4),
+            "draft tree 4": lambda: FeatureDraft(feature, widths=(4,)),
+            "draft tree 4 3": lambda: FeatureDraft(feature, widths=(4, 3)),
             "draft tree 3 2 1": lambda: FeatureDraft(feature, widths=(3, 2, 1)),
             "lookup, else draft 3": lambda: Either(Lookup(shortest=2), FeatureDraft(feature, length=3)),
-            "lookup, else tree": lambda: Either(Lookup(shortest=2), FeatureDraft(feature, widths=(3, 2, 1))),
+            "lookup, else tree": lambda: Either(Lookup(shortest=2), FeatureDraft(feature, widths=(4, 3))),
             "draft, adaptive": lambda: Adaptive(FeatureDraft(feature), most=6),
         }
 
-    def say(name: str, ids: list[int]) -> list[int]:
-        make = contenders[name]
-        if make is None:
-            return list(
-                generate(model, ids, steps=options.new, cache=Full(), temperature=options.temperature, seed=1)
-            )  # fmt: skip
-        return list(
-            speculate(model, ids, steps=options.new, drafter=make(), temperature=options.temperature, seed=1)
-        )  # fmt: skip
+    if options.only is not None:
+        contenders = {name: make for name, make in contenders.items() if make is None or name in options.only}
 
-    for kind, prompts in PROMPTS.items():
+    def say(name: str, ids: list[int]) -> list[int]:
+        make, temperature = contenders[name], options.temperature
+        if make is None:
+            return list(generate(model, ids, steps=options.new, cache=Full(), temperature=temperature, seed=1))
+        return list(speculate(model, ids, steps=options.new, drafter=make(), temperature=temperature, seed=1))
+
+    for kind in options.kinds:
+        prompts = PROMPTS[kind]
         wall = dict.fromkeys(contenders, 0.0)
         processor = dict.fromkeys(contenders, 0.0)
         calls, looked, agreed, same = (dict.fromkeys(contenders, 0) for _ in range(4))
@@ -125,12 +131,15 @@ def main() -> None:
             ids = tokenizer.encode(prompt)
             best: dict[str, tuple[float, float]] = {}
             said: dict[str, list[int]] = {}
+            rounds: dict[str, list[Mapping[str, Any]]] = {}
             for _ in range(options.rounds):
                 for name in contenders:
                     start = time.perf_counter(), time.process_time()
-                    said[name] = say(name, ids)
+                    with record(keep={}) as recorder:  # which keeps nothing but events
+                        said[name] = say(name, ids)
                     took = time.perf_counter() - start[0], time.process_time() - start[1]
                     best[name] = tuple(map(min, took, best.get(name, took)))  # type: ignore[assignment]
+                    rounds[name] = [e.fields for e in recorder.freeze().happened("speculate.round")]
             for name, make in contenders.items():
                 wall[name] += best[name][0]
                 processor[name] += best[name][1]
@@ -138,12 +147,10 @@ def main() -> None:
                 if make is None:
                     calls[name] += options.new
                     continue
-                with record(keep={}) as recorder:
-                    say(name, ids)
-                for e in recorder.freeze().happened("speculate.round"):
+                for fields in rounds[name]:
                     calls[name] += 1
-                    agreed[name] += len(e.fields["accepted"])
-                    looked[name] += len(e.fields["accepted"]) + len(e.fields["rejected"])
+                    agreed[name] += len(fields["accepted"])
+                    looked[name] += len(fields["accepted"]) + len(fields["rejected"])
         print(f"\n{kind}, {len(prompts)} prompts of {options.new} new tokens, temperature {options.temperature}")
         print(
             f"  {'':22}{'ms a token':>12}{'processor':>11}{'speed':>8}{'proc.':>8}{'a pass':>8}{'alpha':>8}{'same':>6}"
