@@ -180,6 +180,22 @@ class Bars(View):
 
 
 @dataclass(frozen=True)
+class Facing(View):
+    """Two bars a row on one scale, back to back, the longer one firm: bytes against FLOPs, what limits each."""
+
+    kind: ClassVar[str] = "facing"
+    left: Of  # [row]
+    right: Of  # [row]
+    labels: tuple[str, ...]
+    left_label: str
+    right_label: str
+    unit: str = ""
+    left_colour: str = "key"
+    right_colour: str = "value"
+    format: str = ".3g"
+
+
+@dataclass(frozen=True)
 class Points:
     """Points of a Plane, one for each position of `x` and `y` (or one, when they are single numbers)."""
 
@@ -325,6 +341,36 @@ class Tiles(View):
     row: knob | None = None  # outlined, and chosen by a click
     mirror: bool = True
     cell: Cell | None = None
+
+
+@dataclass(frozen=True)
+class Ring(View):
+    """Devices in a circle, each with its block; blocks on their way between them; and the matrix that they finish."""
+
+    kind: ClassVar[str] = "ring"
+    tensor: Of  # [query, key] by chunks: the device that finished it, 100 more while it works, -1 not yet, -2 masked
+    state: Of  # [rank]: 0 starts, 1 waits, 2 computes, 3 is done
+    block: Of  # [rank]: whose block it works with
+    coming: Of  # [rank]: whose block is on its way to it, -1 for none
+    share: Of  # [rank]: how much of the way that one has come
+    chunks: Of  # [chunk, field]: first token, the one after the last, the device that keeps it
+    ready: Of  # how many have started
+    simulated: Of | None = None  # 1 where what is shown was simulated: then it says so
+    cell: Cell | None = None
+
+
+@dataclass(frozen=True)
+class Timeline(View):
+    """Lanes with intervals of time and a moving now: what works, what is on its way, and what of that is hidden."""
+
+    kind: ClassVar[str] = "timeline"
+    tensor: Of  # whole numbers [span, field]: lane, kind, item, begin and end in microseconds
+    now: Of  # microseconds
+    kinds: tuple[str, ...]  # the first is work, and hides the others, which are drawn below it
+    lanes: str = "lane"  # a lane in one word
+    items: str = "item"  # what an interval is about, in one word; each has its hue
+    names: tuple[str, ...] = ()  # of the lanes, where numbers won't do
+    simulated: Of | None = None
 
 
 @dataclass(frozen=True)

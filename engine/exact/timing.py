@@ -1,6 +1,7 @@
 """How long a ring would take if every rank had a device of its own: measured work, a link of some speed, nothing run.
 
-Processes that share cores wait for each other, and a clock then tells more of the machine than of the ring. Here the seconds of work are measured, and their order is played through by the rules of Ring Attention (Liu et al.,
+Processes that share cores wait for each other, and a clock then tells more of the machine than of the ring. Here the
+seconds of work are measured, and their order is played through by the rules of Ring Attention (Liu et al.,
 arXiv:2310.01889): a block leaves and the next comes in while a rank computes; it goes on when both are through.
 """
 
