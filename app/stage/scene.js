@@ -7,21 +7,24 @@ import { blocks } from "./blocks.js";
 import { calculator } from "./calculator.js";
 import { curves } from "./curves.js";
 import { make } from "./dom.js";
+import { facing } from "./facing.js";
 import { footprint } from "./footprint.js";
 import { heatmaps } from "./heatmaps.js";
 import { numbers } from "./numbers.js";
 import { createPanel } from "./panel.js";
 import { plane } from "./plane.js";
+import { ringOfDevices } from "./ring.js";
 import { routes } from "./routes.js";
 import { slots } from "./slots.js";
 import { stack } from "./stack.js";
 import { stretches } from "./stretches.js";
 import { sweepTiles } from "./tiles.js";
+import { timeline } from "./timeline.js";
 import { tokens } from "./tokens.js";
 import { Store } from "./track.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, tiles: sweepTiles };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */

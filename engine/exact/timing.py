@@ -8,8 +8,12 @@ arXiv:2310.01889): a block leaves and the next comes in while a rank computes; i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from engine.exact.ring import Span
+from engine.exact.schedule import Chunk, Turn
+
+WAITS, COMPUTES, DONE = 1, 2, 3
 
 
 def played(
@@ -55,3 +59,34 @@ def hidden(lane: Sequence[Span]) -> tuple[float, float]:
     computing = [span for span in lane if span.kind == "compute"]
     behind = sum(max(0.0, min(a.end, b.end) - max(a.begin, b.begin)) for a in transfers for b in computing)
     return sum(span.seconds for span in transfers), behind
+
+
+@dataclass
+class Moment:
+    """What stands at one moment. `state`: WAITS, COMPUTES or DONE; `block`: whose block each rank works with; `coming`:
+    whose is on its way to it (-1: none), and `share`, how far that has come; tiles (queries, keys) by their rank."""
+
+    state: list[int]
+    block: list[int]
+    coming: list[int]
+    share: list[float]
+    finished: dict[tuple[Chunk, Chunk], int] = field(default_factory=dict)
+    working: dict[tuple[Chunk, Chunk], int] = field(default_factory=dict)
+
+
+def moment(lanes: Sequence[Sequence[Span]], plan: Sequence[Sequence[Turn]], t: float) -> Moment:
+    """Who does what `t` seconds after the first began, from the spans of every rank and what it was to compute."""
+    n = len(lanes)
+    now = Moment([WAITS] * n, list(range(n)), [-1] * n, [0.0] * n)
+    for rank, lane in enumerate(lanes):
+        begun = [span for span in lane if span.kind == "compute" and span.begin <= t]
+        for span in begun:
+            over = span.end <= t
+            now.block[rank] = span.block
+            now.state[rank] = COMPUTES if not over else DONE if span.step == n - 1 else WAITS
+            (now.finished if over else now.working).update(dict.fromkeys(plan[rank][span.step].computed, rank))
+        for span in lane:
+            if span.kind == "recv" and span.begin <= t and all(used.step <= span.step for used in begun):
+                now.coming[rank] = span.block
+                now.share[rank] = min(1.0, (t - span.begin) / span.seconds) if span.seconds > 0 else 1.0
+    return now

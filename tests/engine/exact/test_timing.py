@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from engine.exact.schedule import idle_share, schedule
-from engine.exact.timing import hidden, played
+from engine.exact.timing import COMPUTES, DONE, WAITS, hidden, moment, played
 
 
 def seconds(lanes):
@@ -49,3 +49,19 @@ def test_what_makes_no_sense_is_refused():
         played([[1.0]], [[1]], link=None)
     with pytest.raises(ValueError, match="link must be"):
         played([[1.0]], [[]], link=0.0)
+
+
+def test_a_moment_tells_who_computes_and_what_is_on_its_way():
+    plan = schedule(8, ranks=2)
+    lanes = played([[1.0, 1.0], [1.0, 1.0]], [[100], [100]], link=50.0)
+    early = moment(lanes, plan, 0.5)
+    assert (early.state, early.block, early.coming, early.share) == ([COMPUTES] * 2, [0, 1], [1, 0], [0.25, 0.25])
+    assert early.working == {((0, 4), (0, 4)): 0, ((4, 8), (4, 8)): 1}
+    waiting = moment(lanes, plan, 1.5)
+    assert (waiting.state, waiting.share, waiting.working) == ([WAITS] * 2, [0.75] * 2, {})
+    assert waiting.finished == early.working
+    late = moment(lanes, plan, 2.5)
+    assert (late.state, late.block, late.coming) == ([COMPUTES] * 2, [1, 0], [-1, -1])
+    end = moment(lanes, plan, 3.0)
+    assert end.state == [DONE] * 2
+    assert end.finished == {**early.working, ((4, 8), (0, 4)): 1}, "the other quarter is masked"
