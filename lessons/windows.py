@@ -1,5 +1,4 @@
-"""Look near, look far: which cells of the attention matrix may be left out, how far back layers of windows still see,
-and what the text that they no longer hold is missed for."""
+"""Look near, look far: which cells of the attention matrix may be left out, and what that costs."""
 
 from __future__ import annotations
 
@@ -60,10 +59,10 @@ from lessons.views import (
 
 TRAINED = {"window": "window", "interleaved": "interleaved"}  # models of the zoo that grew up with their windows
 TRAINED_WINDOW = 32  # theirs
-QUESTIONS = {TOY: 12, REAL: 3}
+QUESTIONS = {TOY: 8, REAL: 2}
 
 LOST = site("windows.lost", "the share of this token's attention that falls on cells left out", low=0.0, high=1.0)
-CELLS = site("windows.cells", "cells of one head computed so far")
+CELLS = site("windows.cells", "cells of one head of the first layer computed so far")
 WORK = site("windows.work", "multiplications of queries with keys and of shares with values so far, in all layers")
 HELD = site("windows.held", "what the first layer's cache holds: global and recent tokens, and those let go")
 BYTES = site("windows.bytes", "keys and values held in all layers", unit="B")
@@ -102,11 +101,13 @@ def run(knobs: Turn) -> None:
         pinned=knobs.pinned, every=knobs.every, told=fact.start, asked=len(prompt) - 1,
         questions=QUESTIONS[knobs.model],
         fact=[fact.start, fact.stop], answer=question.answer.strip(),
-        code="".join(tokenizer.pieces(text[fact.start : fact.stop])).strip() if toy else question.answer,
     )  # fmt: skip
     with record(keep={PATTERN: {}}, budget=200_000_000) as inner:
         model.hidden(ids)
     beneath = inner.freeze()
+    rows = [beneath.track(PATTERN, layer=i).chunks[0].array[0] for i in range(shape.layers)]  # head query key
+    finds = np.array([row[:, len(prompt) - 1, fact.start : fact.stop].sum(-1) for row in rows])
+    note(finder=[int(i) for i in np.unravel_index(finds.argmax(), finds.shape)])
     masks = [mask_of(sizes(knobs.pattern, knobs, i), T) for i in range(shape.layers)]
     asked = _asked(model, tokenizer, knobs, toy)
     fields = None
@@ -119,7 +120,7 @@ def run(knobs: Turn) -> None:
     for t in range(T):
         read_aloud(pieces[t : t + 1])
         for i in range(shape.layers):
-            row = beneath.track(PATTERN, layer=i).chunks[0].array[0, :, t : t + 1, : t + 1]
+            row = rows[i][:, t : t + 1, : t + 1]
             tap(BENEATH, row, "head query key", layer=i)
             tap(OPEN, masks[i][t : t + 1, : t + 1], "query key", layer=i)
             tap(LOST, (row[:, 0] * (1 - masks[i][t, : t + 1])).sum(-1).astype(np.float32), "head", layer=i)
@@ -136,14 +137,13 @@ def run(knobs: Turn) -> None:
             fields = fields or fields_of(model, knobs, ids, top)
             if t <= top + 2:
                 _light(fields, t - 1, top, kinds)
-            next(asked, None)
-        elif top >= 0:
+            if t >= T - QUESTIONS[knobs.model]:  # at the end of the text, where the code is asked for
+                next(asked, None)
+        else:
             tap(LAYERS, kinds, "layer")
             tap(LAYER_REACH, np.zeros(top + 1, np.float32), "layer")
         if t == fact.start:
             event("windows.told", token=pieces[t])
-        step()
-    for _ in asked:
         step()
 
 
@@ -177,21 +177,23 @@ def _asked(model: Any, tokenizer: Any, knobs: Turn, toy: bool) -> Any:
 
 def facts(recording: Recording) -> dict[str, Any]:
     meta, T = recording.meta, recording.meta["tokens"]
-    lost = recording.stack(LOST, layer=min(1, meta["model"]["layers"] - 1))
+    layer, head = meta["finder"]
     reached = recording.stack(REACHED)
     right = {name: float(recording.stack(RIGHT, pattern=name)[-1]) for name in PATTERNS.values()}
     held = {name: float(recording.stack(CACHE, pattern=name)[-1]) for name in PATTERNS.values()}
     trained = dict(zip(TRAINED, recording.stack(RIGHT, pattern="trained")[-1].tolist(), strict=True))
     there = dict(zip(TRAINED, (recording.stack(CACHE, pattern="trained")[-1] > 0).tolist(), strict=True))
     return {
-        **{k: meta[k] for k in ("window", "dilation", "pinned", "every", "tokens", "told", "asked", "code", "answer")},
+        **{k: meta[k] for k in ("window", "dilation", "pinned", "every", "tokens", "told", "asked", "answer")},
         "name": meta["model"]["name"],
         "layers": len(reached) - 1,
         "depth": len(reached),
         "back": meta["asked"] + 1 - meta["told"],
         "first": min(meta["window"] + 8, T - 1),
         "last": T - 1,
-        "lost": float(lost[meta["asked"]].max()),
+        "finder": head,
+        "finder_layer": layer,
+        "lost": float(recording.stack(LOST, layer=layer)[meta["asked"], head]),
         "reach": int(reached[-1]),
         "rule": receptive_field(len(reached) - 1, window=meta["window"]),
         "times": len(reached) * meta["window"] - meta["window"],
@@ -285,9 +287,9 @@ BEATS = (
         "them, and ==greys|matrix== all the rest.", scene="mask", step="first", play=True, focus="matrix",
     ),
     Beat(
-        "Early on a code is told: “{code}”. At the end somebody asks for it, and this head looks {back} tokens back, "
-        "==deep into the grey|matrix==: {lost:.0%} of its attention falls on cells left out. In all, the mask has "
-        "opened {cells:,} of {cells_full:,} cells, {saved:.1f} times fewer.",
+        "Early on a code is told: “{answer}”. At the end somebody asks for it, and head {finder} of layer "
+        "{finder_layer} looks {back} tokens back, ==deep into the grey|matrix==: {lost:.0%} of its attention falls on "
+        "cells left out. The mask has opened {saved:.1f} times fewer cells: {cells:,} of {cells_full:,}.",
         scene="mask", step="last", play=True, focus="matrix", knobs={"layer": 1, "head": 2},
     ),
     Beat(
@@ -317,9 +319,10 @@ BEATS = (
         ),
     ),
     Beat(
-        "{right_interleaved:.0%}, with a cache {lighter:.1f} times smaller than ==the full one|strips==. One layer "
-        "that still sees everything carries it up. These weights were converted, not trained for it; of models trained "
-        "with windows of 32, found: {trained}.", scene="ask", step="last", focus="plane",
+        "{right_interleaved:.0%}, with a cache {lighter:.1f} times smaller than ==the full one|strips==. A layer that "
+        "still sees everything can carry the code up, where the weights get along with the rest. These were "
+        "==converted|plane==, not trained for it. Trained with windows of 32: {trained}.",
+        scene="ask", step="last", focus="plane",
         notes="Mistral 7B v0.1 had windows of 4,096 in all layers, v0.2 and Mixtral 8x7B none.",
     ),
     Beat(
@@ -372,7 +375,10 @@ SCENES = (
                            colour="alarm"),
                 ),
             ),
-            Tokens(name="text", title="The text", codes=of(HELD, pattern=WINDOW), states=STATES),
+            Tokens(
+                name="text", title="The text, and what a window still holds", codes=of(HELD, pattern=WINDOW),
+                states=STATES,
+            ),
         ),
     ),
     Scene(
@@ -411,7 +417,7 @@ SCENES = (
             Slots(
                 name="strips", title="What the first layer’s cache holds", states=STATES, origin="converted",
                 strips=tuple(
-                    Strip(label, of(HELD, pattern=p), detail="{kept} gone {evicted}", number=of(BYTES, pattern=p),
+                    Strip(label, of(HELD, pattern=p), detail="{kept} held, {evicted} gone", number=of(BYTES, pattern=p),
                           number_label="bytes, all layers", number_format=",.0f", colour=COLOURS[p])
                     for label, p in PATTERNS.items()
                 ),
@@ -438,7 +444,6 @@ LESSON = Lesson(
     ),
     looks=frozenset({"layer", "head"}), bounded_by={"layer": "layers", "head": "heads", "top": "layers"}, facts=facts,
     marks=marks, glossary=GLOSSARY, step_word="step", seconds=240,
-    footnote="Windows by release: Mistral 7B v0.1 in all layers (4,096), v0.2 and Mixtral 8x7B in none; Gemma 2 in "
-    "every second, Gemma 3 in five of six.",
+    footnote="Windows by release: Mistral 7B v0.1 in all layers, v0.2 and Mixtral 8x7B in none; Gemma 2 in every second.",
 )
 # fmt: on

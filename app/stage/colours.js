@@ -46,7 +46,7 @@ export function palette(root) {
     scale,
     /** The same scale, stepped back towards the panel: what is reused rather than computed now. */
     /** Without colour: what a mask leaves out. Its ground is darker than a scale's, so that its edge is seen at once. */
-    closed: () => table("closed", "closed", () => greys(hexToRgb(roles.line), hexToRgb(roles.muted))),
+    closed: () => table("closed", "closed", () => greys(hexToRgb(roles.line), hexToRgb(roles.ink))),
     dimmed: (name) => table(name, `dim ${name}`, () => mixed(scale(name), hexToRgb(roles.panel), 0.42)),
   };
 }

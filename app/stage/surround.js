@@ -40,7 +40,7 @@ function nameRows({ pen, matrix, spec, context, label }, box) {
   const least = Math.ceil(13 / box.ch);
   const pace = PACES.find((n) => n >= least) || least;
   for (let i = 0; i < matrix.rows; i += pace) {
-    const name = label(spec.rows, i);
+    const name = box.x > 40 ? label(spec.rows, i) : ""; // a word needs room; the tip has it where there is none
     pen.fillText(name ? cut(pen, name, box.x - 20) : String(i), box.x - 5, box.y + (i + 0.5) * box.ch);
   }
 }
