@@ -16,7 +16,8 @@ export function originOf(view, store, knobs) {
   const ids = tensorsOf(view);
   const where = {};
   for (const id of ids) {
-    const inner = /\[(.*)\]$/.exec(id);
+    // What is drawn, which may be the nearest to what was asked for: a toy has fewer layers than the knob.
+    const inner = /\[(.*)\]$/.exec(store.of({ track: id })?.about.name || id);
     for (const pair of inner ? inner[1].split(",") : []) {
       const [key, value] = pair.split("=");
       where[key] = key in where && where[key] !== value ? null : value;

@@ -11,7 +11,7 @@ passes over the text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,16 +38,26 @@ def sensitivity(
 
     `make` builds the cache for a list of bits; by default groups and tail of 32, 32 tokens at a time.
     """
+    return tap(SENSITIVITY, torch.stack(list(by_layer(model, ids, options=options, make=make))), "layer option")
+
+
+@torch.no_grad()
+def by_layer(
+    model: Decoder,
+    ids: Tensor,
+    *,
+    options: Sequence[int] = (2, 3, 4, 8),
+    make: Callable[[Sequence[int]], Cache] | None = None,
+) -> Iterator[Tensor]:
+    """The rows of `sensitivity` [options], layer by layer, each as soon as it is measured."""
     _check(options)
     make = make or (lambda bits: Quantised(bits, at_once=32))
     layers = model.shape.layers
     full = _log_probs(model, ids, make([PLAIN] * layers))
-    losses = torch.zeros(layers, len(options), dtype=torch.float64)
     for layer in range(layers):
-        for column, bits in enumerate(options):
-            cache = make([bits if i == layer else PLAIN for i in range(layers)])
-            losses[layer, column] = divergence(full, _log_probs(model, ids, cache))
-    return tap(SENSITIVITY, losses, "layer option")
+        caches = (make([bits if i == layer else PLAIN for i in range(layers)]) for bits in options)
+        losses = [divergence(full, _log_probs(model, ids, cache)) for cache in caches]
+        yield torch.tensor(losses, dtype=torch.float64)
 
 
 def divergence(full: Tensor, other: Tensor) -> float:
