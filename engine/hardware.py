@@ -23,6 +23,7 @@ import torch
 CPU_CACHES = Path("/sys/devices/system/cpu")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 PIECE = 2**23  # bytes of one timed read
+TRIES = 60  # at least, of short work: more than other work on the machine can all disturb
 MEASURING = RLock()  # two measurements at a time would halve each other
 
 
@@ -139,8 +140,8 @@ def bandwidth(where: torch.device | None = None, *, size: int | None = None) -> 
 def flops(dtype: torch.dtype, where: torch.device | None = None) -> float:
     """Floating-point operations a second of a big square matmul in `dtype`, multiply and add counted as two.
 
-    The side grows until one product takes 2 ms: a dtype without fast kernels is not waited for, and a machine that
-    does other things too leaves some products alone.
+    The side grows until one product takes half a millisecond: a dtype without fast kernels is not waited for, and a
+    machine that does other things too leaves some products alone.
     """
     return _flops(dtype, where or device())
 
@@ -152,7 +153,7 @@ def _bandwidth(where: torch.device, size: int) -> float:
         pieces = data.split(len(data) if where.type == "cuda" else PIECE // 4)
         pieces = [piece for piece in pieces if len(piece) == len(pieces[0])]
         turn = itertools.cycle(pieces)
-        return pieces[0].nbytes / _best(lambda: next(turn).sum(), where, seconds=0.3)
+        return pieces[0].nbytes / _best(lambda: next(turn).sum(), where, seconds=0.3, least=TRIES)
 
 
 @cache
@@ -162,17 +163,17 @@ def _flops(dtype: torch.dtype, where: torch.device) -> float:
         while True:
             a = torch.ones(side, side, dtype=dtype, device=where)
             took = _best(lambda a=a: a @ a, where, seconds=0.0)  # type: ignore[misc]
-            if took > 0.002 or side >= (16384 if where.type == "cuda" else 4096):
+            if took > 0.0005 or side >= (16384 if where.type == "cuda" else 4096):
                 break
             side *= 2
-        return 2 * side**3 / min(took, _best(lambda: a @ a, where, seconds=0.2))
+        return 2 * side**3 / min(took, _best(lambda: a @ a, where, seconds=0.2, least=TRIES))
 
 
-def _best(work: Callable[[], object], where: torch.device, *, seconds: float) -> float:
-    """The shortest time of `work` in at least three tries after a warm-up, trying for about `seconds`."""
+def _best(work: Callable[[], object], where: torch.device, *, seconds: float, least: int = 3) -> float:
+    """The shortest time of `work` in at least `least` tries after a warm-up, trying for about `seconds`."""
     work()
     times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
+    while len(times) < least or sum(times) < seconds:
         if where.type == "cuda":
             torch.cuda.synchronize(where)
         start = time.perf_counter()

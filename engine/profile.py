@@ -34,7 +34,7 @@ from engine.recording import site, tap
 
 OPERATIONS = ("embedding", "qkv", "attention", "out", "ffn", "norms", "head")
 PHASES = ("decode", "prefill")
-MOST = 15  # passes of each kind
+MOST = 40  # passes of each kind
 
 SECONDS = site("profile.seconds", f"time of each operation, all layers, least disturbed: {', '.join(OPERATIONS)}",
                low=0.0, unit="s")  # fmt: skip
@@ -84,7 +84,7 @@ def profile(
     """Time a pass of `model` for `batch` texts at once, and count it.
 
     "prefill" reads `tokens` tokens of each text; "decode" reads one more token of each behind `tokens` others. At
-    least `least` passes with clocks and as many without are timed, more up to 15 within `budget` seconds.
+    least `least` passes with clocks and as many without are timed, more up to 40 within `budget` seconds.
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, not {phase!r}")

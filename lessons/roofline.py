@@ -14,7 +14,7 @@ from engine.recording import Recording, note, site, step, tap
 from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
 from lessons.models import TOY, choice, load
-from lessons.views import Arithmetic, Bars, Curves, Line, Number, Numbers, Plane, Points, of
+from lessons.views import Arithmetic, Bars, Curves, Facing, Line, Number, Numbers, Plane, Points, of
 
 RATE = site("roofline.rate", "floating-point operations a second", grows="batch", low=0.0)
 INTENSITY = site("roofline.intensity", "floating-point operations for each byte that must be moved", grows="batch")
@@ -31,8 +31,8 @@ MOVING = site(
 COMPUTING = site("roofline.computing", "time that its FLOPs take at the measured peak", unit="ms")
 SPEED = site("roofline.speed", "new tokens a second, all texts together, by the quickest step", unit="tokens/s")
 BOUND = site("roofline.bound", "tokens a second that bandwidth and peak allow", unit="tokens/s")
-WAITS = site("roofline.waits", "milliseconds to move each operation's bytes", unit="ms")
-WORKS = site("roofline.works", "milliseconds to compute its FLOPs", unit="ms")
+WAITS = site("roofline.waits", "time to move the bytes of a layer's operations, and of the head", unit="ms")
+WORKS = site("roofline.works", "time to compute their FLOPs", unit="ms")
 ENERGY = site(
     "roofline.energy", "millijoules of a decode step at 45 nm: arithmetic, memory low, memory high", unit="mJ"
 )
@@ -41,6 +41,7 @@ SIZE = site("roofline.batch", "texts decoded at once")
 WHOLE = "whole pass"
 SHOWN = ("qkv", "attention", "out", "ffn", "head")  # what has FLOPs
 POINTS = (*SHOWN, WHOLE)
+FAR = 0.2  # of the roof: what reaches less was held up by something else
 PHASES = ("decode", "prefill")
 AT_ONCE = {"real": 192, "toy": 4096, "cuda": 65536}  # tokens of a prefill that are worth waiting for
 
@@ -82,7 +83,7 @@ def run(knobs: Turn) -> None:
         prefill = None
         if batch == 1 or batch * knobs.prompt <= most:
             prefill = profile(model, phase="prefill", batch=batch, tokens=knobs.prompt, least=1, budget=0.1)
-        _show(decode, prefill, near, peak)
+        _show(decode, prefill, near, peak, model.shape.layers)
         step(label=f"batch {batch}")
 
 
@@ -91,7 +92,7 @@ def sizes(most: int) -> list[int]:
     return [*(2**i for i in range(10) if 2**i < most), most]
 
 
-def _show(decode: Profile, prefill: Profile | None, near: float, peak: float) -> None:
+def _show(decode: Profile, prefill: Profile | None, near: float, peak: float, layers: int) -> None:
     """What a page shows of one batch size."""
     placed = np.full((2, 1, 2, len(POINTS)), np.nan)  # rate and intensity, batch, phase, operation
     for i, found in enumerate((decode, prefill)):
@@ -109,11 +110,17 @@ def _show(decode: Profile, prefill: Profile | None, near: float, peak: float) ->
     tap(COMPUTING, computing * 1e3, "")
     tap(SPEED, decode.batch / decode.best, "")
     tap(BOUND, decode.batch / max(moving, computing), "")
-    tap(WAITS, np.array([w.bytes / near * 1e3 for w in decode.work if w.flops]), "operation")
-    tap(WORKS, np.array([w.flops / peak * 1e3 for w in decode.work if w.flops]), "operation")
+    tap(WAITS, _a_layer(np.array([w.bytes / near for w in decode.work if w.flops]), layers), "row")
+    tap(WORKS, _a_layer(np.array([w.flops / peak for w in decode.work if w.flops]), layers), "row")
     spent = cost.energy(decode.flops, decode.bytes)
     tap(ENERGY, 1e3 * np.array([spent.arithmetic, spent.memory_low, spent.memory_high]), "part")
     tap(SIZE, decode.batch, "")
+
+
+def _a_layer(seconds: np.ndarray, layers: int) -> np.ndarray:
+    """Milliseconds of one layer's four operations, of the whole layer and of the head."""
+    parts = seconds[:-1] / layers
+    return 1e3 * np.array([*parts, parts.sum(), seconds[-1]])
 
 
 def _points(found: Profile) -> np.ndarray:
@@ -248,6 +255,10 @@ def point_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arith
     roof = cost.attainable_flops(intensity, flops_per_second=m["peak"], bytes_per_second=m["near"])
     batch, tokens = m["batches"][i], m["prompt"]
     tall = "memory" if intensity < cost.ridge_point(m["peak"], m["near"]) else "arithmetic"
+    notes = (
+        f"Limited by {tall}." if rate > FAR * roof else "Far below: starting it took longer than moving and computing.",
+        "Every text has its own cache: a batch shares none." if POINTS[operation] == "attention" else "",
+    )
     reads = "one token each" if phase == 0 else f"{tokens} tokens each"
     return Arithmetic(
         title=f"{POINTS[operation]}, {PHASES[phase]}: {batch} × {reads}",
@@ -257,7 +268,7 @@ def point_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arith
             (f"roof: {intensity:.3g} · {m['near'] / 1e9:.1f}, at most {m['peak'] / 1e9:.0f} G", f"{roof / 1e9:.2f} G"),
             ("reached of it", f"{rate / roof:.0%}"),
         ),
-        note=f"Limited by {tall}." + (" Every text has its own cache: a batch shares none." if operation == 1 else ""),
+        note=" ".join(filter(None, notes)),
         vectors=(
             ("FLOPs a byte, by batch", tuple(recording.stack(INTENSITY)[:, phase, operation].tolist())),
         ) if phase == 0 else (),
@@ -279,8 +290,9 @@ BEATS = (
         "byte. Left of it, an operation waits. At batch 1, a step has {one:.2f}.", scene="roof", step=0, focus="roof",
     ),
     Beat(
-        "Click a point: its counted FLOPs and bytes, its time, its roof. {longest} takes most of ==the time|share==: "
-        "{longest_share:.0%}.", scene="roof", step=0, do=Do("Open a point’s arithmetic", cell="roof"),
+        "Click a point: its FLOPs for a byte, its speed, its roof. Most of ==the time|share==, {longest_share:.0%}, "
+        "goes into {longest}. A point far below the roof waits for neither: starting such a small operation takes "
+        "longer than doing it.", scene="roof", step=0, do=Do("Open a point’s arithmetic", cell="roof"),
     ),
     Beat(
         "Now let several texts write at once. A weight is fetched once and used for all of them: twice the texts, "
@@ -301,10 +313,11 @@ BEATS = (
         "decoding does. The same weights, the same machine.", scene="roof", step=0, focus="roof",
     ),
     Beat(
-        "The two clocks of a step: ==moving its bytes|floors== and computing its FLOPs. The longer one is a floor. "
-        "{batch} texts take {slower:.1f} times as long as one. Alone, a text could get {bound:.0f} tokens a second "
-        "and gets {best_speed:.0f}; this machine is shared, its slowest steps took {spread:.1f} times its quickest.",
-        scene="floors", step="last", focus="floors",
+        "Each operation has two clocks: ==moving its bytes|sides== and computing its FLOPs. The longer one is a "
+        "[[floor]]. One text could get {bound:.0f} tokens a second and gets {best_speed:.0f}; {batch} texts take "
+        "{slower:.1f} times as long. This machine is shared: some steps took {spread:.1f} times as long as "
+        "==the quickest|floors==.",
+        scene="floors", step="last", play=True, focus="sides",
     ),
     Beat(
         "Where do {weights:.0f} MB of weights sit? {seat} That decides [[which roof]] counts. And ==energy|energy==: "
@@ -320,6 +333,8 @@ BEATS = (
 )
 
 GLOSSARY = {
+    "floor": "A time that nothing can be shorter than: all bytes at the measured bandwidth, all FLOPs at the measured "
+    "peak.",
     "ridge": "Where slope and flat top meet: peak FLOPs a second over bytes a second. Left of it memory is the limit, "
     "right of it arithmetic.",
     "batch": "Texts that are written at the same time, a token each in every step.",
@@ -335,12 +350,17 @@ def group(phase: int, colour: str) -> Points:
     )
 
 
+ENERGY_BARS = Bars(
+    name="energy", title="Energy of this step at 45 nm, in mJ", span=5, origin="formula", values=of(ENERGY),
+    labels=("arithmetic", "DRAM, low", "DRAM, high"), colour="alarm", format=",.2f", high=None,
+    note="Horowitz 2014: a proportion, not what this machine draws",
+)
 SCENES = (
     Scene(
         "roof",
         (
             Plane(
-                name="roof", title="Operations under the roof", span=8, height=380, log=True, log_x=True,
+                name="roof", title="Operations under the roof", span=7, height=380, log=True, log_x=True,
                 points=(group(0, "query"), group(1, "key")), tensor=of(RATE), cell=point_cell,
                 lines=(
                     Line("roof", of(ROOF), colour="ink", x=of(ROOF_X)),
@@ -349,7 +369,7 @@ SCENES = (
                 x_label="FLOPs a byte", y_label="FLOPs a second",
             ),
             Bars(
-                name="share", title="Where a decode step’s time goes", span=4, values=of(SHARE), labels=OPERATIONS,
+                name="share", title="Where a decode step’s time goes", span=5, values=of(SHARE), labels=OPERATIONS,
                 colour="query",
             ),
             Numbers(
@@ -368,6 +388,12 @@ SCENES = (
     Scene(
         "floors",
         (
+            Facing(
+                name="sides", title="One layer: moving its bytes, computing its FLOPs", span=7, left=of(WAITS),
+                right=of(WORKS), labels=(*SHOWN[:-1], "one layer", "head"), left_label="moving its bytes",
+                right_label="computing its FLOPs", unit="ms", note="by the measured bandwidth and peak", format=".2g",
+            ),
+            ENERGY_BARS,
             Curves(
                 name="floors", title="A decode step, and what it cannot be faster than", span=7,
                 lines=(
@@ -378,13 +404,8 @@ SCENES = (
                 ),
                 x_label="texts at once", y_label="ms", log=True, log_x=True, format=".2f",
             ),
-            Bars(
-                name="energy", title="Energy of this step at 45 nm, in mJ", span=5, origin="formula", values=of(ENERGY),
-                labels=("arithmetic", "DRAM, low", "DRAM, high"), colour="alarm", format=",.2f", high=None,
-                note="Horowitz 2014: a proportion, not what this machine draws",
-            ),
             Curves(
-                name="speed", title="Tokens a second, all texts together", span=7,
+                name="speed", title="Tokens a second, all texts together", span=5,
                 lines=(
                     Line("at most", of(BOUND), colour="ink", dashed=True, x=of(SIZE)),
                     Line("measured", of(SPEED), colour="query", x=of(SIZE)),

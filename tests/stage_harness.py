@@ -30,6 +30,7 @@ from lessons.views import (
     Calculator,
     Curves,
     Field,
+    Facing,
     Footprint,
     Heatmaps,
     Holding,
@@ -228,6 +229,10 @@ SHARED_SCENE = Scene(
         Footprint(
             (Holding("Shared", of(STORED), "layers that share"),),
             title="What a token leaves", name="footprint",
+        ),
+        Facing(
+            of(STORED), of(STORED), ("first", "second", "third", "fourth"), "bytes", "bytes again",
+            title="Two bars a row", name="facing", unit="B",
         ),
         Plane(
             points=(

@@ -90,18 +90,21 @@ def test_what_is_measured_is_a_bound_and_is_measured_once():
 
 
 def test_the_best_time_is_the_shortest_of_three_at_least(monkeypatch):
-    clock = iter([0.0, 5.0, 5.0, 7.0, 7.0, 10.0])
+    clock = iter([0.0, 5.0, 5.0, 7.0, 7.0, 10.0, *range(20, 38)])
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
     calls = []
     assert hardware._best(lambda: calls.append(1), torch.device("cpu"), seconds=1.0) == 2.0
     assert len(calls) == 4  # one to warm up
+    assert hardware._best(lambda: calls.append(1), torch.device("cpu"), seconds=0.0, least=9) == 1.0
+    assert len(calls) == 4 + 10
 
 
 @pytest.mark.usefixtures("unmeasured")
 def test_bytes_and_flops_are_those_of_the_work_timed(monkeypatch):
     # A clock by which every try takes a quarter of a second makes the counts visible.
-    monkeypatch.setattr(hardware, "_best", lambda work, where, *, seconds: (work(), 0.25)[1])
+    monkeypatch.setattr(hardware, "_best", lambda work, where, *, seconds, least=3: (work(), 0.25)[1])
     assert hardware.bandwidth(torch.device("cpu"), size=2**20) == 4 * 2**20
+    assert hardware.bandwidth(torch.device("cpu"), size=2**25) == 4 * hardware.PIECE  # read piece by piece
     assert hardware.flops(torch.float32, torch.device("cpu")) == 4 * 2 * 256**3
     hardware._bandwidth.cache_clear()
     hardware._flops.cache_clear()
