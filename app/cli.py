@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lessons.lesson import Lesson
 
 PORT = 5006
+DRAFT = "draft"
 WORK = Path(__file__).parent.parent / "train"  # where a training keeps its checkpoints until it is done
 
 
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     modelling = command("models", _models, "List the models, fetch SmolLM2, or check the files of all.")
     modelling.add_argument("what", nargs="?", choices=["list", "fetch", "verify"], default="list")
 
-    training = command("train", _train, "Make toy models again from their seeds.")
+    training = command("train", _train, f"Make toys, or {DRAFT}, SmolLM2's draft, again from their seeds.")
     training.add_argument("names", nargs="*", metavar="NAME")
     training.add_argument("--all", action="store_true")
 
@@ -258,11 +259,13 @@ def _train(options: argparse.Namespace) -> None:
         raise Wrong("name the models to train, or say --all (see leanscope train --help)")
     from engine import train
 
-    unknown = [name for name in options.names if name not in train.RECIPES]
+    known = [*train.RECIPES, DRAFT]
+    unknown = [name for name in options.names if name not in known]
     if unknown:
-        raise Wrong(f"there is no recipe called {unknown[0][:60]!r}; there are {', '.join(train.RECIPES)}")
-    for name in dict.fromkeys(options.names or train.RECIPES):
-        print(json.dumps({name: _train_one(name)}, indent=2, ensure_ascii=False))
+        raise Wrong(f"there is no recipe called {unknown[0][:60]!r}; there are {', '.join(known)}")
+    for name in dict.fromkeys(options.names or known):
+        entry = _train_draft() if name == DRAFT else _train_one(name)
+        print(json.dumps({name: entry}, indent=2, ensure_ascii=False))
 
 
 def _train_one(name: str) -> dict[str, Any]:
@@ -322,6 +325,30 @@ def _bench(options: argparse.Namespace) -> None:
                 limit = f"{row.limit:10.1f}" if row.limit else f"{'':10}"
                 kept = f"{row.cache_bytes / 1e6:9.2f}" if row.cache_bytes is not None else ""
                 print(f"  {row.name:<36}{row.median:10.1f}{row.best:10.1f}{limit}{kept}  {row.unit}/s".rstrip())
+
+
+def _train_draft() -> dict[str, Any]:
+    """Make SmolLM2's draft: let SmolLM2 write, then learn from what it wrote; returns what its file says of it."""
+    from engine import checkpoints
+    from engine.speculate import draft
+
+    began: dict[str, tuple[float, int]] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        since, first = began.setdefault(stage, (time.monotonic(), done))
+        left = (time.monotonic() - since) / max(1, done - first) * (total - done) / 60
+        _progress(f"{DRAFT}: {stage} {done} of {total}, {left:.0f} min left")
+
+    try:
+        draft.make(WORK / DRAFT, progress=progress)
+        made = draft.about()
+    except (OSError, ValueError, checkpoints.ModelUnavailable) as error:
+        raise Failed(f"{DRAFT} could not be trained: {error}") from error
+    except KeyboardInterrupt:
+        _progress(f"{DRAFT} was stopped; the same command goes on where it was\n")
+        raise
+    _progress("")
+    return dict(made)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -239,6 +239,30 @@ def test_a_model_can_be_trained_and_a_training_stopped(
     assert cli.main(["train", "nope"]) == 2
 
 
+@pytest.mark.parametrize("fault", [None, KeyboardInterrupt(), ValueError("no texts")])
+def test_the_draft_can_be_trained_and_a_training_stopped(
+    fault: BaseException | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from engine.speculate import draft
+
+    def make(work: Path, *, progress: Any) -> int:
+        assert work == cli.WORK / "draft"
+        progress("texts", 1, 3)
+        progress("training", 2, 9)
+        if fault is not None:
+            raise fault
+        return 1
+
+    monkeypatch.setattr(draft, "make", make)
+    monkeypatch.setattr(draft, "about", lambda: {"steps": 9})
+    wanted = {type(None): 0, KeyboardInterrupt: 130, ValueError: 1}[type(fault)]
+    assert cli.main(["train", "draft"]) == wanted
+    out, err = capsys.readouterr()
+    assert out == ("" if fault else '{\n  "draft": {\n    "steps": 9\n  }\n}\n')
+    assert ("the same command goes on" in err) == (wanted == 130)
+    assert ("draft could not be trained: no texts" in err) == (wanted == 1)
+
+
 def test_output_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} {' '.join(OWN)} claims | head -1"
     done = subprocess.run(
