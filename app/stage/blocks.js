@@ -190,7 +190,13 @@ export function blocks(host, spec, context) {
     const [[x1, y1], [x2, y2]] = [scene.boxAt(from), scene.boxAt(to)];
     const lift = scene.tall + Math.max(y1, y2) + 16;
     const [a, b] = [x1 + scene.wide / 2, x2 + scene.wide / 2];
-    return draw("path", { d: `M${a} ${y1 + scene.tall} C${a} ${lift} ${b} ${lift} ${b} ${y2 + scene.tall + 2}`, class: "blocks-copy", style: { stroke: scene.tint(owner) } });
+    const tip = y2 + scene.tall + 1;
+    return draw(
+      "g",
+      {},
+      draw("path", { d: `M${a} ${y1 + scene.tall} C${a} ${lift} ${b} ${lift} ${b} ${tip + 6}`, class: "blocks-copy", style: { stroke: scene.tint(owner) } }),
+      draw("path", { d: `M${b} ${tip} l-6 9 h12 z`, style: { fill: scene.tint(owner) } }),
+    );
   };
 
   const queueOf = ({ queueY, width }) => {

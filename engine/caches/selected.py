@@ -151,6 +151,11 @@ class Selected(Cache):
         positions = self._positions[layer].cpu()
         return positions[0] if positions.shape[0] == 1 else positions
 
+    def valued(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What a layer holds: text positions, and what each token is worth to its head now, both [B, H_kv, n]."""
+        positions = self._positions[layer]
+        return positions, self.worth(self._scores[layer], positions)
+
     @property
     def nbytes(self) -> int:
         """With the positions and scores, which a plain cache does not need."""

@@ -1,0 +1,118 @@
+"""What the lesson `heavy_hitters` watches: six caches in lockstep, token by token, and the same at other budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.caches import Cache
+from engine.caches.compare import compare
+from engine.caches.full import Full
+from engine.caches.heavy_hitters import HeavyHitters
+from engine.caches.norm import LowNorm
+from engine.caches.selected import Selected
+from engine.caches.sinks import Sinks
+from engine.caches.window import Window
+from engine.recording import Recording, newest, site, tap
+
+STATES = ("empty", "kept", "sink", "recent", "heavy", "evicted")
+_, KEPT, SINK, RECENT, HEAVY, EVICTED = range(6)
+CODES = site("hitters.codes", "what became of each token in each head: sink, recent, heavy, evicted")
+HELD = site("hitters.held", "heads of the layer that still hold the token")
+WORTH = site("hitters.worth", "attention that each kept token has gathered in its head", symbol="F_score")
+MEAN_KL = site("hitters.kl", "how far the next word is from the full cache's, mean since tokens had to go",
+               symbol="KL(full‖policy)", low=0.0, unit="nats")  # fmt: skip
+SLOTS_USED = site("hitters.slots", "tokens that each head holds, one number for each policy")
+KEY_HELD = site("hitters.key", "share of the pass key's tokens that heads still hold", low=0.0, high=1.0)
+SWEEP = site("hitters.sweep", "mean KL to the full cache, budget by budget", low=0.0, unit="nats")
+BUDGETS = site("hitters.budgets", "slots of each head")
+PINNED = 4
+LABELS = {
+    "full": "Keep everything", "window": "Sliding window", "sinks": "Sinks + window", "h2o": "H2O: heavy hitters",
+    "normalised": "H2O, mean attention", "norm": "Short keys",
+}  # fmt: skip
+SWEPT = ("window", "sinks", "h2o", "norm")
+SCORED = ("h2o", "normalised")
+
+
+def recent_of(budget: int, share: float) -> int:
+    """Of the budget, the slots for the last tokens."""
+    return max(1, min(budget - 1, round(budget * share)))
+
+
+def caches(budget: int, share: float) -> dict[str, Cache]:
+    """Every policy with `budget` slots, of which those that watch spend a share on the last tokens."""
+    recent = recent_of(budget, share)
+    chosen = budget - recent
+    return {
+        "full": Full(), "window": Window(budget), "sinks": Sinks(PINNED, budget - PINNED),
+        "h2o": HeavyHitters(chosen, recent=recent), "normalised": HeavyHitters(chosen, recent=recent, normalised=True),
+        "norm": LowNorm(chosen, recent=recent),
+    }  # fmt: skip
+
+
+def show(name: str, cache: Cache, t: int, layers: int, shape: Any, recent: int) -> None:
+    """What became of tokens 0 to t in every head of the first `layers` layers. Positions are those in the text."""
+    held = []
+    for layer in range(layers):
+        kept = cache.kept(layer).numpy()
+        kept = np.broadcast_to(kept, (shape.kv_heads, kept.shape[-1]))
+        codes = np.full((shape.kv_heads, t + 1), EVICTED, np.uint8)
+        why = {"h2o": HEAVY, "normalised": HEAVY, "norm": KEPT, "full": KEPT}.get(name, RECENT)
+        states = np.full(t + 1, why, np.uint8)
+        if isinstance(cache, Selected):
+            states[max(0, t + 1 - recent) :] = RECENT
+        elif name == "sinks":
+            states[:PINNED] = SINK
+        np.put_along_axis(codes, kept, states[kept], 1)
+        tap(CODES, codes, "head token", strategy=name, layer=layer)
+        held.append((codes != EVICTED).sum(0))
+        if name in SCORED and isinstance(cache, Selected):
+            positions, worth = (x[0].float().cpu().numpy() for x in cache.valued(layer))
+            scores = np.zeros(codes.shape, np.float32)
+            np.put_along_axis(scores, positions.astype(np.int64), worth, 1)
+            tap(WORTH, scores, "head token", strategy=name, layer=layer)
+    tap(HELD, np.broadcast_to(np.array(held, np.uint8), (shape.layers, t + 1)), "layer token", strategy=name)
+
+
+def sweep(
+    model: Any, ids: Sequence[int], budget: int, share: float, steps: int, known: Mapping[str, list[float]]
+) -> None:
+    """The same prompt again at half the budget and at twice: how quality grows with it."""
+    budgets = (max(8, budget // 2), budget, min(2 * budget, len(ids) - 4))
+    least = budgets[0]
+    rows: dict[str, Cache] = {"yardstick": Full()}
+    for size in budgets[::2]:
+        rows |= {f"{name} {size}": cache for name, cache in caches(size, share).items() if name in SWEPT}
+    sums: dict[str, float] = dict.fromkeys(rows, 0.0)
+
+    def on_token(t: int) -> None:
+        if t < least:
+            return
+        for name in SWEPT:
+            means = []
+            for size in budgets:
+                if size == budget:
+                    sums[name] = sums.get(name, 0.0) + known[name][t]
+                else:
+                    sums[f"{name} {size}"] += float(newest("compare.kl", strategy=f"{name} {size}") or 0.0)
+                means.append(sums[name if size == budget else f"{name} {size}"] / (t - least + 1))
+            tap(SWEEP, np.array(means, np.float32), "budget", strategy=name)
+        tap(BUDGETS, np.array(budgets, np.float32), "budget")
+
+    compare(model, ids, rows, steps=steps, full="yardstick", on_token=on_token)
+
+
+def survival(recording: Recording, name: str, at: int, step: int) -> float:
+    """The share of all heads that still hold the token `at` when `step` is read."""
+    held = recording.track(HELD, strategy=name).latest(step)[:, at]
+    return float(held.mean() / recording.meta["kv_heads"])
+
+
+def heavy_place(recording: Recording, name: str, step: int) -> float:
+    """Where the heavy tokens lie in the text on average: 0 its start, 1 its end."""
+    layers = range(recording.meta["layers"])
+    places = [np.nonzero(recording.track(CODES, strategy=name, layer=i).latest(step) == HEAVY)[1] for i in layers]
+    return float(np.concatenate(places).mean() / step)
