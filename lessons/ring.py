@@ -33,7 +33,8 @@ CHUNKS = site("ring.chunks", "each chunk's first token, the one after its last, 
 SPANS = site("ring.spans", "what every device did: device, kind, block, begin and end in microseconds")
 NOW = site("ring.now", "the moment that is shown", unit="µs", low=0.0)
 IDLE = site("ring.idle", "the share of the time in which each device did not compute", low=0.0, high=1.0)
-SIMULATED = site("ring.simulated", "1: played through with measured work and a link of the chosen speed")
+SIMULATED = site("ring.simulated", "1: a simulated link; 2: played through with measured work and such a link")
+END = site("ring.end", "when the slower layout is done", unit="µs", low=0.0)
 CARRIED = site("ring.carried", "time that blocks were on their way, summed over devices", unit="ms", low=0.0)
 BARE = site("ring.bare", "the part of it in which the device that waited did not compute", unit="ms", low=0.0)
 QUERIES = site("ring.q", "queries of one head", symbol="Q")
@@ -95,15 +96,15 @@ def run(knobs: Turn) -> None:
     for layout, answer in answers.items():
         lanes[layout, HERE] = [list(rank.spans) for rank in answer.ranks]
         lanes[layout, OWN] = _alone(answer, kept[layout], q, knobs)
-        note(**{f"cells_{layout}": [[turn.cells for turn in turns] for turns in answer.plan]})
-        note(**{f"memory_{layout}": [rank.memory for rank in answer.ranks]})
-        note(**{f"off_{layout}": float((answer.output - exact).abs().max())})
-        note(**{f"counted_{layout}": idle_share(answer.plan)})
-    note(whole=whole, backend=answers["contiguous"].backend, link=knobs.link, overlap=knobs.overlap)
+        found = {"cells": [[turn.cells for turn in turns] for turns in answer.plan], "idle": idle_share(answer.plan),
+                 "memory": [r.memory for r in answer.ranks], "off": float((answer.output - exact).abs().max())}  # fmt: skip
+        note(**{layout: found})
+    note(whole=whole, backend=answers["contiguous"].backend, overlap=knobs.overlap)
     for (layout, clock), spans in lanes.items():
         where = {"layout": layout, "clock": clock}
         tap(SPANS, _table(spans), "span field", **where)
-        tap(SIMULATED, int(clock == OWN or knobs.link > 0), "", **where)
+        tap(SIMULATED, 2 if clock == OWN else int(knobs.link > 0), "", **where)
+        tap(END, round(1e6 * max(_end(lanes[other, clock]) for other in LAYOUTS)), "", **where)
         seconds = _end(spans)
         busy = [sum(s.seconds for s in lane if s.kind == "compute") for lane in spans]
         tap(IDLE, np.array([1 - b / seconds for b in busy], np.float32), "rank", **where)
@@ -137,14 +138,10 @@ def _rings(q: Any, k: Any, v: Any, knobs: Turn) -> dict[str, Answer]:
                     q, k, v, ranks=knobs.ranks, causal=knobs.causal, layout=layout, link=link, overlap=knobs.overlap,
                     progress=progress,
                 )  # fmt: skip
-                answers[layout] = min(answer, answers.get(layout, answer), key=_work)
+                answers[layout] = min(answer, answers.get(layout, answer), key=lambda a: sum(r.work for r in a.ranks))
     except RankDied as died:
         raise ValueError(f"{died} Turn any knob to start it anew.") from None
     return answers
-
-
-def _work(answer: Answer) -> float:
-    return sum(span.work for rank in answer.ranks for span in rank.spans)
 
 
 def _alone(answer: Answer, kept: Sequence[Sequence[Any]], q: Any, knobs: Turn) -> list[list[Span]]:
@@ -169,7 +166,7 @@ def _chunks(kept: Sequence[Sequence[Any]]) -> np.ndarray:
 
 
 def _end(spans: Sequence[Sequence[Span]]) -> float:
-    return max(max(s.end for lane in spans for s in lane), 1e-9)
+    return max(s.end for lane in spans for s in lane)
 
 
 def _table(spans: Sequence[Sequence[Span]]) -> np.ndarray:
@@ -199,8 +196,7 @@ def facts(recording: Recording) -> dict[str, Any]:
     meta = recording.meta
     n, first = meta["ranks"], recording.steps - FRAMES
     idle = {(lay, c): recording.stack(IDLE, layout=lay, clock=c)[0] for lay in LAYOUTS for c in CLOCKS}
-    took = {(lay, c): float(recording.stack(NOW, layout=lay, clock=c)[-1]) for lay in LAYOUTS for c in CLOCKS}
-    plain, zigzag = (float(idle[layout, OWN][0]) for layout in LAYOUTS)
+    took = {(lay, c): recording.stack(NOW, layout=lay, clock=c)[-1] / 1e3 for lay in LAYOUTS for c in CLOCKS}
     carried, bare = (float(recording.stack(s, layout="contiguous", clock=OWN)[0]) for s in (CARRIED, BARE))
     return {
         "name": meta["model"]["name"],
@@ -208,24 +204,20 @@ def facts(recording: Recording) -> dict[str, Any]:
         "N": meta["length"],
         "part": meta["length"] // n,
         "first": first,
-        "early": first + FRAMES // 6,
         "half": first + FRAMES // 2,
         "last": recording.steps - 1,
-        "idle_first": plain,
+        "idle_first": float(idle["contiguous", OWN][0]),
         "idle_zigzag": float(idle["zigzag", OWN].max()),
-        "idle_zigzag_first": zigzag,
-        "counted_first": meta["counted_contiguous"][0],
-        "idle_here": float(idle["contiguous", HERE][0]),
-        "own_ms": took["contiguous", OWN] / 1e3,
-        "zigzag_ms": took["zigzag", OWN] / 1e3,
-        "here_ms": took["contiguous", HERE] / 1e3,
-        "gain": took["contiguous", OWN] / max(1.0, took["zigzag", OWN]),
-        "memory_kb": max(meta["memory_contiguous"]) / 1e3,
+        "counted_first": meta["contiguous"]["idle"][0],
+        "own_ms": took["contiguous", OWN],
+        "here_ms": took["contiguous", HERE],
+        "gain": took["contiguous", OWN] / max(1e-3, took["zigzag", OWN]),
+        "memory_kb": max(meta["contiguous"]["memory"]) / 1e3,
         "whole_kb": meta["whole"] / 1e3,
         "carried_ms": carried,
         "bare_ms": bare,
         "hidden": 1 - bare / carried if carried else 1.0,
-        "off": meta["off_contiguous"],
+        "off": meta["contiguous"]["off"],
     }
 
 
@@ -258,22 +250,20 @@ def _hidden(recording: Recording) -> Finding:
     f, meta = facts(recording), recording.meta
     filled = f"{f['bare_ms']:.1f} of {f['carried_ms']:.1f} ms uncovered, played with measured work"
     if not f["carried_ms"]:
-        why = "With one device, or no limit to the link, nothing is on its way for any time."
-        return Finding("–", "untestable", why, filled)
+        return Finding("–", "untestable", "With one device, or a link without limit, nothing takes time.", filled)
     if f["hidden"] > 0.95:
         return Finding(f"{f['hidden']:.0%}", "agrees", "", filled)
-    why = "With compute and transfer in turn nothing can be hidden." if not meta["overlap"] else (
-        "A device whose block is masked has no work to hide a transfer behind; and blocks this small are computed "
-        "faster than such a link carries them."
-    )  # fmt: skip
+    why = "A device whose block is masked has no work to hide a transfer behind, and small blocks little."
+    why = why if meta["overlap"] else "With compute and transfer in turn nothing can be hidden."
     return Finding(f"{f['hidden']:.0%}", "differs", why, filled)
 
 
 def _balance(recording: Recording) -> Finding:
     meta = recording.meta
-    rounds = [sum(max(step) for step in zip(*meta[f"cells_{layout}"], strict=True)) for layout in LAYOUTS]
+    rounds = [sum(max(step) for step in zip(*meta[layout]["cells"], strict=True)) for layout in LAYOUTS]
     gain = rounds[0] / rounds[1]
-    filled = f"slowest device’s cells, step by step: {rounds[0]:,} / {rounds[1]:,}; idle at most {_most_idle(meta)}"
+    idle = " → ".join(f"{max(meta[layout]['idle']):.0%}" for layout in LAYOUTS)
+    filled = f"slowest device’s cells, step by step: {rounds[0]:,} / {rounds[1]:,}; idle at most {idle}"
     if not meta["causal"] or meta["ranks"] == 1:
         return Finding(f"{gain:.2f}×", "untestable", "Without a mask, or alone, all have the same to do.", filled)
     agrees = gain > 1.2
@@ -281,12 +271,8 @@ def _balance(recording: Recording) -> Finding:
     return Finding(f"{gain:.2f}×", "agrees" if agrees else "differs", why, filled)
 
 
-def _most_idle(meta: Mapping[str, Any]) -> str:
-    return " → ".join(f"{max(meta[f'counted_{layout}']):.0%}" for layout in LAYOUTS)
-
-
 def _exact(recording: Recording) -> Finding:
-    off = max(recording.meta[f"off_{layout}"] for layout in LAYOUTS)
+    off = max(recording.meta[layout]["off"] for layout in LAYOUTS)
     filled = f"max |O_ring − O| = {off:.1e}, both layouts, backend {recording.meta['backend']}"
     why = "" if off < 1e-4 else "More than the rounding of float32 explains."
     return Finding(f"{off:.1e}", "agrees" if off < 1e-4 else "differs", why, filled)
@@ -343,8 +329,8 @@ BEATS = (
     ),
     Beat(
         "So the keys travel. Each device computes with the block it holds, and at the same time passes it to its "
-        "neighbour: watch ==coloured blocks|ring== move on. No device ever holds more than two: {memory_kb:,.0f} kB instead "
-        "of {whole_kb:,.0f}.",
+        "neighbour: watch ==coloured blocks|ring== move on. No device ever holds more than two: {memory_kb:,.0f} kB, "
+        "not {whole_kb:,.0f}.",
         scene="ring", step="half", play=True, focus="ring",
     ),
     Beat(
@@ -401,8 +387,8 @@ WHAT = ("computes", "receives", "sends")
 
 def _timeline(name: str, title: str, **where: Any) -> Timeline:
     how: dict[str, Any] = {"kinds": WHAT, "lanes": "device", "items": "block", "note": "coloured by whose block"}
-    simulated = of(SIMULATED, **where)
-    return Timeline(name=name, title=title, tensor=of(SPANS, **where), now=of(NOW, **where), simulated=simulated, **how)
+    sites = {"tensor": SPANS, "now": NOW, "end": END, "simulated": SIMULATED}
+    return Timeline(name=name, title=title, **how, **{what: of(name, **where) for what, name in sites.items()})
 
 
 def _idle(title: str, layout: str) -> Bars:
@@ -433,7 +419,6 @@ SCENES = (
                 numbers=(
                     Number("On their way", of(CARRIED, **SEEN), unit="ms", format=".1f", colour="key"),
                     Number("Not covered by computing", of(BARE, **SEEN), unit="ms", format=".1f", colour="alarm"),
-                    Number("The moment shown", of(NOW, **SEEN), unit="µs"),
                 ),
             ),
         ),
@@ -452,7 +437,7 @@ SCENES = (
 
 
 def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
-    mine = (READY, STATE, BLOCK, COMING, SHARE, DONE, CHUNKS, SPANS, NOW, IDLE, SIMULATED, CARRIED, BARE)
+    mine = (READY, STATE, BLOCK, COMING, SHARE, DONE, CHUNKS, SPANS, NOW, IDLE, SIMULATED, CARRIED, BARE, END)
     return {name: {} for name in (*mine, QUERIES, KEYS, LSE)}
 
 

@@ -355,7 +355,7 @@ class Ring(View):
     share: Of  # [rank]: how much of the way that one has come
     chunks: Of  # [chunk, field]: first token, the one after the last, the device that keeps it
     ready: Of  # how many have started
-    simulated: Of | None = None  # 1 where what is shown was simulated: then it says so
+    simulated: Of | None = None  # 1: the link is simulated; 2: the clock too
     cell: Cell | None = None
 
 
@@ -370,7 +370,8 @@ class Timeline(View):
     lanes: str = "lane"  # a lane in one word
     items: str = "item"  # what an interval is about, in one word; each has its hue
     names: tuple[str, ...] = ()  # of the lanes, where numbers won't do
-    simulated: Of | None = None
+    end: Of | None = None  # microseconds: where the axis ends, so that two timelines can share a scale
+    simulated: Of | None = None  # 1: the link is simulated; 2: the clock too
 
 
 @dataclass(frozen=True)

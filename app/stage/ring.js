@@ -4,8 +4,9 @@
  */
 import { draw, make, say } from "./dom.js";
 import { frameAt, hueOf } from "./owners.js";
+import { tagSimulated } from "./timeline.js";
 
-const DEVICE_WIDE = 92;
+const DEVICE_WIDE = 104;
 const DEVICE_TALL = 46;
 const RING_MOST = 380; // pixels across
 const AT_WORK = 100;
@@ -14,7 +15,7 @@ const STATE_SAYS = ["starts", "waits", "computes", "done"];
 export function ringOfDevices(host, spec, context) {
   const { store } = context;
   const said = make("div", { class: "ring-said" });
-  const tag = make("span", { class: "origin origin-simulated ring-tag", hidden: true }, "simulated clock and link");
+  const tag = make("span", { class: "origin origin-simulated ring-tag", hidden: true });
   const picture = draw("svg", { role: "img", class: "ring" });
   const focus = make("div", { class: "ring-focus", role: "application", tabindex: context.bare ? null : 0 }, picture);
   host.append(...(context.bare ? [focus] : [make("div", { class: "ring-head" }, said, tag), focus]));
@@ -63,7 +64,7 @@ export function ringOfDevices(host, spec, context) {
     if (!now || !host.clientWidth) return false;
     key = wanted;
     say(said, sentence());
-    tag.hidden = !(spec.simulated && store.of(spec.simulated)?.scalarAt(step));
+    tagSimulated(tag, spec, store, step);
     paint();
     picture.setAttribute("aria-label", `${spec.title}. ${sentence()} ${now.devices.map(deviceSays).join("; ")}`);
     focus.setAttribute("aria-label", `${spec.title}. ${sentence()} Arrow keys walk through the matrix, Enter opens a piece.`);
@@ -111,7 +112,7 @@ export function ringOfDevices(host, spec, context) {
     for (const { i, coming, share } of now.devices) {
       if (coming < 0 || n < 2) continue;
       // It travels from edge to edge of the two boxes: the middle of the arc is half the way.
-      const [x, y] = at(i - 1 + 0.2 + 0.6 * share);
+      const [x, y] = at(i - 1 + 0.26 + 0.48 * share);
       nodes.push(chip(x, y, coming, context.bare ? 5 : 11));
     }
     return nodes;

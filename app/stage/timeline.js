@@ -2,7 +2,7 @@
  * Lanes with intervals of time. What works stands above, what is on its way below it: grey where work hides it, red where
  * somebody waits for it. What is past is firm, what is to come faint.
  */
-import { draw, make } from "./dom.js";
+import { draw, make, say } from "./dom.js";
 import { frameAt, hueOf } from "./owners.js";
 import { short } from "./text.js";
 
@@ -15,12 +15,19 @@ const TICKS = [1, 2, 5];
 
 let timelineCount = 0; // clip paths need names of their own
 
+/** What of a picture was played through rather than timed. */
+export function tagSimulated(tag, spec, store, step) {
+  const how = (spec.simulated && store.of(spec.simulated)?.scalarAt(step)) || 0;
+  tag.hidden = !how;
+  say(tag, how > 1 ? "simulated: clock and link" : "simulated: link");
+}
+
 export function timeline(host, spec, context) {
   const { store } = context;
   const name = `timeline-${(timelineCount += 1)}`;
   const picture = draw("svg", { role: "img", class: "timeline" });
   const list = make("div", { class: "timeline-focus", role: "application", tabindex: context.bare ? null : 0, "aria-label": `${spec.title}: intervals. Arrow keys read them` }, picture);
-  const tag = make("span", { class: "origin origin-simulated ring-tag", hidden: true }, "simulated clock and link");
+  const tag = make("span", { class: "origin origin-simulated ring-tag", hidden: true });
   const legend = make(
     "div",
     { class: "legend" },
@@ -62,7 +69,7 @@ export function timeline(host, spec, context) {
     const pitch = context.bare ? Math.min(26, ((context.height || 170) - 4) / lanes) : WORK_TALL + ways * (WAY_TALL + 1) + LANE_GAP;
     const scaleDown = context.bare ? pitch / (WORK_TALL + ways * (WAY_TALL + 1) + LANE_GAP) : 1;
     const left = context.bare ? 2 : LANES_LEFT;
-    const end = Math.max(1, ...spans.map((s) => s.end));
+    const end = Math.max(1, store.of(spec.end)?.scalarAt(step) ?? 0, ...spans.map((s) => s.end));
     const x = (t) => left + (t / end) * (width - left - 8);
     const y = (lane) => 2 + lane * pitch;
     const tall = lanes * pitch;
@@ -119,7 +126,7 @@ export function timeline(host, spec, context) {
     const now = nowAt();
     moving.clip.setAttribute("width", moving.x(now));
     for (const end of ["x1", "x2"]) moving.cursor.setAttribute(end, moving.x(now));
-    tag.hidden = !(spec.simulated && store.of(spec.simulated)?.scalarAt(step));
+    tagSimulated(tag, spec, store, step);
     const at = spans.filter((s) => s.begin <= now && now < s.end && s.kind === 0).map((s) => `${laneName(s.lane)} ${spec.kinds[0]} ${spec.items} ${s.item}`);
     picture.setAttribute("aria-label", `${spec.title}, at ${ms(now)} of ${ms(Math.max(...spans.map((s) => s.end)))} ms: ${at.join("; ") || "nobody works"}`);
     return true;

@@ -64,6 +64,11 @@ class Rank:
     def busy(self) -> float:
         return sum(span.seconds for span in self.spans if span.kind == "compute")
 
+    @property
+    def work(self) -> float:
+        """Seconds of processor time."""
+        return sum(span.work for span in self.spans)
+
 
 @dataclass(frozen=True)
 class Ring:
