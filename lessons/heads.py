@@ -100,7 +100,7 @@ def _merge(knobs: Turn) -> None:
         small = pool(whole, groups=knobs.groups, how=knobs.how)
     far = {(t.index["of"], t.index["layer"]): t.stack()[0] for t in seen.tracks.values()}
     layers = range(whole.shape.layers)
-    tap(LOST, np.stack([[far[part, i] for i in layers] for part in "kv"]), "part layer head")
+    tap(LOST, np.stack([[far[part, i] for i in layers] for part in "kv"]), "matrix layer head")
     note(merged=(merged := show(small, shares(H, groups=knobs.groups, how=knobs.how).numpy().T)))
     ways = [_right_after(whole, knobs.groups, how) if how != knobs.how else merged["perplexity"] for how in HOW]
     tap(WAYS, np.array(ways, np.float32), "way")
@@ -328,7 +328,7 @@ GLOSSARY = {
 
 def lost_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithmetic:
     """How far one old head is from its stand-in, and what that is made of."""
-    part, layer, head = at["part"], at["layer"], at["head"]
+    part, layer, head = at["matrix"], at["layer"], at["head"]
     far = recording.track(LOST).latest()[part, layer]
     merged = recording.track(MERGED).latest()  # old new
     group = head // (len(merged) // recording.meta["groups"])
@@ -348,7 +348,6 @@ def lost_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithm
 
 
 # fmt: off
-NAMES = tuple(f"{label}, {heads} key head{'s' * (heads > 1)}" for _, label, heads in DESIGNS)
 SCENES = (
     Scene("share", (*LOOKS,)),
     Scene(
@@ -356,12 +355,12 @@ SCENES = (
         (
             footprint(
                 *((name, label, f"{heads} key head{'s' * (heads > 1)}") for name, label, heads in DESIGNS),
-                name="alike", title="Trained alike: what a token costs, how well they read", span=12, origin="toy",
+                name="alike", title="Trained alike: what a token costs, and how well they read",
             ),
             front(*(label for _, label, _ in DESIGNS), span=6),
             Bars(
-                name="speed", title="Time of one new token", note="ms, 8 conversations of 512 tokens", span=6,
-                origin="toy", values=of(MS), labels=NAMES, colour="recent", format=".1f", high=None,
+                name="speed", title="Time of one new token", note="ms, 8 texts of 512 tokens", span=6, origin="toy",
+                values=of(MS), labels=tuple(d[1] for d in DESIGNS), colour="recent", format=".1f", high=None,
             ),
             calculator(),
         ),
@@ -395,8 +394,8 @@ SCENES = (
                 values=of(WAYS), labels=HOW, colour="alarm", format=",.0f", high=None,
             ),
             Heatmaps(
-                name="lost", title="How far each head moved", note="keys, values", span=4, tensor=of(LOST),
-                rows="layer", columns="head", facet="part", colours="key", gaps=True, origin="converted",
+                name="lost", title="How far each head moved", note="0: keys, 1: values", span=4, tensor=of(LOST),
+                rows="layer", columns="head", facet="matrix", colours="key", gaps=True, origin="converted",
                 cell=lost_cell,
             ),
         ),

@@ -66,6 +66,11 @@ def look_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithm
 
 # fmt: off
 LOOKS = (
+    Footprint(
+        name="strip", title="What one more token costs",
+        holdings=(Holding("The cache", of(BYTES, design="now"), "keys and values, layer by layer"),),
+        grain=of(GRAIN),
+    ),
     Routes(
         name="wires", title="Who reads which notebook", span=4, tensor=of(WIRES), left="query head",
         right="key head", count=of(GROUPS),
@@ -74,11 +79,6 @@ LOOKS = (
         name="looks", title="Where each query head looks", span=8, tensor=of(PATTERN, layer=knob("layer")),
         rows="query", columns="key", facet="head", focus=knob("head"), colours="attention",
         row_labels="tokens", column_labels="tokens", cell=look_cell,
-    ),
-    Footprint(
-        name="strip", title="What one more token costs", span=8,
-        holdings=(Holding("The cache", of(BYTES, design="now"), "keys and values, layer by layer"),),
-        grain=of(GRAIN),
     ),
     Heatmaps(
         name="overlap", title="How alike they look", span=4, tensor=of(OVERLAP, layer=knob("layer")),

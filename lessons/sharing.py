@@ -135,7 +135,9 @@ def footprint(*designs: tuple[str, str, str], quality: bool = True, **view: Any)
         )
         for name, label, detail in designs
     )  # fmt: skip
-    return Footprint(holdings=holdings, **({"name": "footprint", "title": "What one more token costs"} | view))
+    return Footprint(
+        holdings=holdings, **({"name": "footprint", "title": "What one more token costs", "origin": "toy"} | view)
+    )
 
 
 def front(*labels: str, **view: Any) -> Plane:

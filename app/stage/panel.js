@@ -24,8 +24,9 @@ export function originOf(view, store, knobs) {
     }
   }
   if (view.facet && view.focus && view.focus.knob) where[view.facet] = knobs[view.focus.knob];
+  const other = kind === "toy" && store.model.kind !== "toy"; // a toy beside the real model that the learner chose
   const places = ["layer", "head", "block"].filter((key) => where[key] !== undefined && where[key] !== null);
-  const parts = [kind, ["reported", "formula"].includes(kind) ? "" : store.model.name, places.map((key) => `${key} ${where[key]}`).join(", ")];
+  const parts = [kind, ["reported", "formula"].includes(kind) || other ? "" : store.model.name, places.map((key) => `${key} ${where[key]}`).join(", ")];
   const say = (list) => list.filter(Boolean).join(" · ");
   return { kind, text: say(parts), short: say([parts[0], parts[2]]), tensors: [...new Set(ids)] };
 }
