@@ -19,6 +19,9 @@ export const STATES = {
   recomputed: "recomputed",
   heavy: "heavy",
   evicted: "hatch",
+  plan: "recomputed",
+  anchor: "heavy",
+  both: "sink",
 };
 
 /** The palette as it stands on `root` now. */
