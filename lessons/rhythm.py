@@ -193,23 +193,23 @@ BEATS = (
         scene="text", step="half", play=True, focus="looks",
     ),
     Beat(
-        "The far heads tell who is looked at **later**. The usual token gets {usual:.2%} of each later look; "
-        "==an anchor|looked== gets up to {most:.1%}. Do plans and anchors come together? The paper says: an anchor follows a "
-        "plan closely.",
+        "The far heads tell who is looked at **later**. The usual token gets {usual:.2%} of each later look; ==an "
+        "anchor|looked== gets up to {most:.1%}. Do plans and anchors come together? The paper says: an anchor "
+        "follows a plan closely.",
         scene="text", step="replayed", play=True, focus="looked",
         predict=Predict(
             "How many of the planning peaks have an anchor within two tokens?", (0.2, 0.4, 0.6, 0.9), "share", ".0%",
         ),
     ),
     Beat(
-        "{share:.0%}. But {anchors} anchors among {written} tokens meet many peaks by accident. Turn them round the "
-        "text like a ring, a thousand times: ==chance|chance== alone gives {chance:.0%} on average, and does as well as "
-        "the text in {p:.0%} of the turns.",
+        "{share:.0%}. But {anchors} anchors among {written} tokens meet many peaks by accident. Turn them round "
+        "the text like a ring, a thousand times: ==chance|chance== alone gives {chance:.0%} on average, and does "
+        "as well as the text in {p:.0%} of the turns.",
         scene="heads", step="last", focus="chance",
     ),
     Beat(
         "So judge: below 5% we would call it a rhythm. A second control: the same words, shuffled, couple "
-        "{shuffled_share:.0%} of the time. 135 million parameters are far below the paper’s models, and this text "
+        "{shuffled_share:.0%} of the time. {name} is far smaller than the paper’s models, and this text "
         "reasons little. What you see is what is there.",
         scene="heads", step="last", focus="verdict",
     ),
