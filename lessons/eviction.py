@@ -26,6 +26,7 @@ MEAN_KL = site("hitters.kl", "how far the next word is from the full cache's, me
                symbol="KL(full‖policy)", low=0.0, unit="nats")  # fmt: skip
 SLOTS_USED = site("hitters.slots", "tokens that each head holds, one number for each policy")
 KEY_HELD = site("hitters.key", "share of the pass key's tokens that heads still hold", low=0.0, high=1.0)
+ALIKE = site("hitters.alike", "new words that a policy says as the full cache does, before it says another one")
 SWEEP = site("hitters.sweep", "mean KL to the full cache, budget by budget", low=0.0, unit="nats")
 BUDGETS = site("hitters.budgets", "slots of each head")
 PINNED = 4
@@ -33,6 +34,7 @@ LABELS = {
     "full": "Keep everything", "window": "Sliding window", "sinks": "Sinks + window", "h2o": "H2O: heavy hitters",
     "normalised": "H2O, mean attention", "norm": "Short keys",
 }  # fmt: skip
+SHORT = ("everything", "window", "sinks", "H2O", "H2O mean", "short keys")
 SWEPT = ("window", "sinks", "h2o", "norm")
 SCORED = ("h2o", "normalised")
 
@@ -53,10 +55,11 @@ def caches(budget: int, share: float) -> dict[str, Cache]:
     }  # fmt: skip
 
 
-def show(name: str, cache: Cache, t: int, layers: int, shape: Any, recent: int) -> None:
-    """What became of tokens 0 to t in every head of the first `layers` layers. Positions are those in the text."""
+def show(name: str, cache: Cache, t: int, shape: Any, recent: int) -> np.ndarray:
+    """Tap what became of tokens 0 to t in every head; returns how many heads of each layer hold each token. Positions
+    are those in the text. Caches that do not choose hold the same in all layers and heads: one is shown."""
     held = []
-    for layer in range(layers):
+    for layer in range(shape.layers if isinstance(cache, Selected) else 1):
         kept = cache.kept(layer).numpy()
         kept = np.broadcast_to(kept, (shape.kv_heads, kept.shape[-1]))
         codes = np.full((shape.kv_heads, t + 1), EVICTED, np.uint8)
@@ -74,12 +77,11 @@ def show(name: str, cache: Cache, t: int, layers: int, shape: Any, recent: int) 
             scores = np.zeros(codes.shape, np.float32)
             np.put_along_axis(scores, positions.astype(np.int64), worth, 1)
             tap(WORTH, scores, "head token", strategy=name, layer=layer)
-    tap(HELD, np.broadcast_to(np.array(held, np.uint8), (shape.layers, t + 1)), "layer token", strategy=name)
+    counts = np.broadcast_to(np.array(held, np.uint8), (shape.layers, t + 1))
+    return tap(HELD, counts, "layer token", strategy=name)
 
 
-def sweep(
-    model: Any, ids: Sequence[int], budget: int, share: float, steps: int, known: Mapping[str, list[float]]
-) -> None:
+def sweep(model: Any, ids: Sequence[int], budget: int, share: float, known: Mapping[str, list[float]]) -> None:
     """The same prompt again at half the budget and at twice: how quality grows with it."""
     budgets = (max(8, budget // 2), budget, min(2 * budget, len(ids) - 4))
     least = budgets[0]
@@ -102,7 +104,7 @@ def sweep(
             tap(SWEEP, np.array(means, np.float32), "budget", strategy=name)
         tap(BUDGETS, np.array(budgets, np.float32), "budget")
 
-    compare(model, ids, rows, steps=steps, full="yardstick", on_token=on_token)
+    compare(model, ids, rows, steps=1, full="yardstick", on_token=on_token)
 
 
 def survival(recording: Recording, name: str, at: int, step: int) -> float:

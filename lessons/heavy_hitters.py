@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import param
 
-from engine.caches.compare import compare, held_share
-from engine.caches.selected import Selected
+from engine.caches.compare import compare
 from engine.evaluate import Question, passkey
 from engine.recording import Recording, newest, note, tap
 from engine.toyland import Grammar
 from engine.toyland.questions import passkey_question
 from lessons.eviction import (
+    ALIKE,
     BUDGETS,
     CODES,
     EVICTED,
@@ -23,6 +23,7 @@ from lessons.eviction import (
     LABELS,
     MEAN_KL,
     SCORED,
+    SHORT,
     SLOTS_USED,
     STATES,
     SWEEP,
@@ -101,34 +102,38 @@ def run(knobs: Turn) -> None:
     policies, recent = caches(budget, knobs.recent), recent_of(budget, knobs.recent)
     shape = model.shape
     fact = question.fact if question else None
-    note(budget=budget, recent=recent, prompt_tokens=len(ids), tokens=T, total_steps=2 * T)
+    note(budget=budget, recent=recent, prompt_tokens=len(ids), tokens=T, total_steps=T + len(ids))
     note(layers=shape.layers, kv_heads=shape.kv_heads, words=[p.strip() for p in tokenizer.pieces(ids)])
     note(fact=[fact.start, fact.stop] if fact else [], answer=question.answer.strip() if question else "")
-    sums, coming = dict.fromkeys(policies, 0.0), ids[0]
+    sums, coming, alike = dict.fromkeys(policies, 0.0), ids[0], dict.fromkeys(policies, 0)
 
     def on_token(t: int) -> None:
         nonlocal coming
         read_aloud(tokenizer.pieces([coming]))
         said = newest("compare.own", strategy="full")
         coming = int(said) if said is not None else ids[0]
-        slots, key_held = [], []
+        slots, key_held, new = [], [], t - len(ids) + 1
         for name, cache in policies.items():
-            show(name, cache, t, shape.layers if isinstance(cache, Selected) else 1, shape, recent)
+            held = show(name, cache, t, shape, recent)
             kl = newest("compare.kl", strategy=name)
             if t >= budget and kl is not None:
                 sums[name] += float(kl)
                 tap(MEAN_KL, sums[name] / (t - budget + 1), "", strategy=name)
-            kept = [cache.kept(layer) for layer in range(shape.layers)]
-            slots.append(kept[0].shape[-1])
-            key_held.append(np.mean([held_share(each, fact) for each in kept]) if fact and t >= fact.stop else 0.0)
+            says = newest("compare.token", strategy=name)
+            if new >= 0 and alike[name] == new and says is not None:
+                alike[name] += int(says == newest("compare.token", strategy="full"))
+            slots.append(cache.kept(0).shape[-1])
+            told = held[:, fact.start : fact.stop] if fact and t >= fact.stop else np.zeros(1)
+            key_held.append(told.mean() / shape.kv_heads)
         tap(SLOTS_USED, np.array(slots, np.int32), "policy")
         tap(KEY_HELD, np.array(key_held, np.float32), "policy")
+        tap(ALIKE, np.array([*alike.values()], np.int32), "policy")
 
     courses = compare(model, ids, policies, steps=knobs.steps, on_token=on_token)
     texts = {name: tokenizer.decode(course.text) for name, course in courses.items()}
     note(said=texts, parts={name: -1 if course.parts is None else course.parts for name, course in courses.items()})
     known = {name: course.kl for name, course in courses.items()}
-    sweep(model, ids, budget, knobs.recent, knobs.steps, known)
+    sweep(model, ids, budget, knobs.recent, known)
 
 
 def facts(recording: Recording) -> dict[str, Any]:
@@ -310,8 +315,8 @@ BEATS = (
         scene="keep", step="asked", play=True, focus="strips", do=Do("Look into another head", knob="head"),
     ),
     Beat(
-        "The text has been read, and most of it is gone. Four of its words: the first, “{word_0}”; “{word_1}”; "
-        "“{word_2}”, word by word further on; “{word_3}”.", scene="keep", step="asked",
+        "The text has been read, and most of it is gone from every bounded memory. Look at four of its words, in the "
+        "order of the text: “{word_0}”, the first; “{word_1}”; “{word_2}”; “{word_3}”.", scene="keep", step="asked",
         predict=Predict(
             "Which do most of H2O’s heads still hold: 0 “{word_0}”, 1 “{word_1}”, 2 “{word_2}” or 3 “{word_3}”?",
             (0, 1, 2, 3), "survivor", format=".0f",
@@ -330,7 +335,7 @@ BEATS = (
     Beat(
         "Does it help? [[KL]] says how far a memory’s next word is from the full one’s. Window: {kl_window:.2f}, "
         "sinks {kl_sinks:.2f}, H2O {kl_h2o:.2f}, its mean {kl_normalised:.2f}. ==Short keys|curves==, {kl_norm:.2f}, "
-        "watch nothing at all. H2O’s text parts from the full one’s: {parts_h2o}.",
+        "watch nothing. H2O’s text ==parts from the full one’s|alike== {parts_h2o}.",
         scene="quality", step="written", play=True, focus="curves",
     ),
     Beat(
@@ -339,8 +344,9 @@ BEATS = (
         "What is gone cannot come back.", scene="quality", step="written", focus="key",
     ),
     Beat(
-        "==More slots|budgets==, smaller error, for every policy. Break it: find a prompt, a budget or a place for the "
-        "key where H2O loses to the sinks. Nothing was asked yet when the tokens were chosen: that is its weak side.",
+        "More slots, ==smaller error|budgets==: how fast depends on what is kept. Break it: find a prompt, a budget or "
+        "a place for the key where H2O loses to the sinks. Nothing was asked yet when the tokens were chosen: that is "
+        "its weak side.",
         scene="budget", step="last", play=True, do=Do("Turn the budget down", knob="budget"),
     ),
 )
@@ -356,13 +362,11 @@ DETAILS = {"full": "{slots} slots, and growing"}
 STRIPS = tuple(
     Strip(
         label, of(CODES, strategy=name, **HERE), detail=DETAILS.get(name, "{kept} slots, {evicted} tokens gone"),
-        number=None if name == "full" else of(MEAN_KL, strategy=name), number_label="nats from full",
-        number_format=".2f", colour=COLOURS[name],
+        number=of(MEAN_KL, strategy=name), number_label="nats from full", number_format=".2f", colour=COLOURS[name],
     )
     for name, label in LABELS.items()
 )
 LINES = tuple(Line(LABELS[name], of(MEAN_KL, strategy=name), colour=COLOURS[name]) for name in BOUNDED)
-NAMED = tuple(LABELS.values())
 SCENES = (
     Scene(
         "keep",
@@ -403,12 +407,13 @@ SCENES = (
                 x_label="token", y_label="nats", low=0, format=".2f",
             ),
             Bars(
-                name="slots", title="Tokens held by each head", span=6, values=of(SLOTS_USED), labels=NAMED,
-                format=",.0f", high=None,
+                name="slots", title="Tokens held", span=4, values=of(SLOTS_USED), labels=SHORT, format=",.0f",
+                high=None,
             ),
+            Bars(name="key", title="Of the pass key, held", span=4, values=of(KEY_HELD), labels=SHORT, colour="heavy"),
             Bars(
-                name="key", title="Of the pass key, still held", span=6, values=of(KEY_HELD), labels=NAMED,
-                colour="heavy",
+                name="alike", title="New words until texts part", span=4, values=of(ALIKE), labels=SHORT,
+                format=",.0f", high=None, colour="value",
             ),
         ),
     ),
@@ -429,7 +434,7 @@ SCENES = (
 
 
 def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
-    return {"hitters.*": {}, "compare.kl": {}, "compare.own": {"strategy": "full"}}
+    return {"hitters.*": {}, "compare.kl": {}, "compare.token": {}, "compare.own": {"strategy": "full"}}
 
 
 LESSON = Lesson(
