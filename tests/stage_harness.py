@@ -21,16 +21,18 @@ import param
 
 from app.picture import Feed
 from app.stage import FOLDER, bundle
+from engine.caches.blocks import Tables
 from engine.recording import Recording, event, note, record, site, step, tap
 from lessons.knobs import Knobs
 from lessons.lesson import PARTS, Beat, Do, Predict, Scene
 from lessons.views import (
     Arithmetic,
     Bars,
+    Blocks,
     Calculator,
     Curves,
-    Field,
     Facing,
+    Field,
     Footprint,
     Heatmaps,
     Holding,
@@ -42,6 +44,7 @@ from lessons.views import (
     Routes,
     Slots,
     Stack,
+    Stretches,
     Strip,
     Tokens,
     knob,
@@ -184,15 +187,51 @@ INTENSITY = site("demo.intensity", "FLOPs a byte", unit="FLOP/B")
 SPEED = site("demo.speed", "FLOPs a second", unit="FLOP/s")
 
 
+ENTRIES = site("demo.entries", "the block behind each entry of two texts' tables")
+HOLDERS = site("demo.holders", "of two texts: not here yet, running")
+KIN = site("demo.kin", "whose fork a text is")
+FILLED = site("demo.filled", "slots that hold a word")
+TEXT_IDS = site("demo.text_ids", "the words in the slots")
+READERS = site("demo.readers", "tables that point to each block")
+SPARE = site("demo.spare", "blocks on the free list")
+KEPT_LONG = site("demo.kept_long", "stretches of one memory")
+ROOM = site("demo.room", "slots of the memory")
+
+
+def _pages(tables: Tables, t: int) -> None:
+    """A text that grows by a word a step, and from step 7 on a fork of it."""
+    if not t:
+        tables.open("a")
+    if t == 7:
+        tables.fork("a", "b")
+    for name in tables.tables:
+        tables.append(name, [t])
+    rows = np.full((2, 7), -2, np.int32)
+    for row, table in zip(rows, tables.tables.values(), strict=False):
+        row[: len(table.blocks)] = table.blocks
+    both = len(tables.tables) > 1
+    tap(ENTRIES, rows, "sequence entry")
+    tap(HOLDERS, np.array([2, 2 if both else 0]), "sequence")
+    tap(KIN, np.array([0, 0]), "sequence")
+    tap(FILLED, (tables.contents >= 0).astype(np.uint8), "block slot")
+    tap(TEXT_IDS, tables.contents, "block slot")
+    tap(READERS, np.array(tables.pool.refs), "block")
+    tap(SPARE, np.array(list(tables.pool.free), np.int32), "place")
+    tap(KEPT_LONG, np.array([[0, 30, t + 1, 24, 0], [30, 16, max(1, t - 8), 10, 1]][: 1 + both]), "request part")
+    tap(ROOM, 56, "")
+
+
 def shared_recording(steps: int = 24) -> Recording:
     """Groups that merge, tokens sent to experts, layers that share, points that move under a roof."""
     rng = np.random.default_rng(7)
     intensity = np.array([0.2, 0.5, 0.9, 2.0, 12.0])
     roof = np.geomspace(0.1, 100, 40)
+    tables = Tables(14, block_size=4)
     with record(budget=10**8) as recorder:
         note(model={"name": "Toyland", "kind": "toy"})
         for t in range(steps):
             event("text.token", piece=(" " if t else "") + WORDS[t])
+            _pages(tables, t)
             tap(GROUPS, np.arange(8) // [1, 2, 4, 8][min(3, t // 6)], "head")
             gates = np.where(rng.random(8) < 0.3, rng.random(8), 0.0).astype(np.float32)
             tap(ROUTED, (gates / max(1e-9, gates.sum()))[None], "query expert")
@@ -244,6 +283,14 @@ SHARED_SCENE = Scene(
             lines=(Line("the roof", of(SPEED, of="roof"), colour="alarm", x=of(INTENSITY, of="roof")),),
             x_label="FLOPs a byte", y_label="FLOPs a second", log=True, log_x=True,
             title="The roofline", name="roof", span=6,
+        ),
+        Blocks(
+            of(ENTRIES), of(HOLDERS), of(KIN), of(FILLED), of(TEXT_IDS), of(READERS), of(SPARE),
+            title="Who holds which block", name="blocks",
+        ),
+        Stretches(
+            of(KEPT_LONG), of(KIN), of(HOLDERS), of(ROOM), tables=of(ENTRIES), codes=of(FILLED),
+            title="One memory, reserved and in blocks", name="stretches",
         ),
         Calculator(
             (
