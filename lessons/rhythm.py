@@ -19,11 +19,12 @@ from lessons.models import TOY, choice, load, read_aloud
 from lessons.views import Arithmetic, Line, of
 
 LOOKS = site("rhythm.looks", "how far back each token looks, clipped to the window, mean over the near heads",
-             symbol="WAAD", grows="query", low=0.0, unit="tokens")  # fmt: skip
+             symbol="WAAD", grows="query", unit="tokens")  # fmt: skip
 LOOKED = site("rhythm.looked", "share of attention that later tokens pay to it, mean over the far heads", symbol="FAI",
               grows="query", low=0.0)  # fmt: skip
 LOOK = site("rhythm.look", "how far back this token looks", symbol="WAAD", low=0.0, unit="tokens")
 ANCHOR = site("rhythm.anchor", "share of attention that later tokens pay to this one", symbol="FAI", low=0.0)
+PLACE = site("rhythm.place", "which token of the text")
 CODES = site(
     "rhythm.codes", "whether a token is a peak of looking back (plan), of being looked at (anchor), or of both"
 )
@@ -31,6 +32,7 @@ DISTANCES = site("rhythm.distances", "how far back each head looks on average", 
 GROUPS = site("rhythm.groups", "1 where a head is among those that look nearest, 2 among those that look farthest")
 HISTOGRAM = site("rhythm.histogram", "of the shuffles, how many coupled this often", low=0.0)
 
+KEY = "violet: plans, underlined: anchors"
 STATES = ("empty", "plan", "anchor", "both")
 BINS = np.linspace(0.0, 1.0, 11)
 PROMPT = "To make a good cup of tea, follow these steps. First, fill the kettle with"
@@ -58,6 +60,7 @@ def run(knobs: Turn) -> None:
     ids = list(prompt)
     options = {"steps": knobs.tokens, "temperature": knobs.temperature, "seed": knobs.seed}
     for token in generate(model, prompt, cache=Full(), **options):
+        tap(CODES, np.zeros(len(ids), np.uint8), "token")
         read_aloud(tokenizer.pieces([token]))
         ids.append(token)
     whole = checked_ids(ids, model.shape.vocab)
@@ -70,6 +73,7 @@ def run(knobs: Turn) -> None:
         tap(LOOKED, looked[first : t + 1], "query")
         tap(LOOK, looks[t], "")
         tap(ANCHOR, looked[t], "")
+        tap(PLACE, t, "")
         tap(CODES, np.where(np.arange(len(ids)) <= t, codes, 0).astype(np.uint8), "token")
         step()
     _heads(found)
@@ -255,15 +259,15 @@ SCENES = (
                 colours="recomputed", fold=False, span=6,
             ),
             views.Tokens(
-                name="peaks", title="Plans and anchors", codes=of(CODES), states=STATES, fold=False, span=6,
+                name="peaks", title="Plans and anchors", note=KEY, codes=of(CODES), states=STATES, fold=False, span=6,
             ),
             views.Curves(
                 name="looks", title="How far back it looks", note="near heads, WAAD", x_label="token", format=".2f",
-                lines=(Line("looking back", of(LOOK), colour="recomputed"),), span=6, y_label="tokens",
+                lines=(Line("looking back", of(LOOK), colour="recomputed", x=of(PLACE)),), span=6, y_label="tokens",
             ),
             views.Curves(
                 name="looked", title="How much it is looked at later", note="far heads, FAI", x_label="token",
-                lines=(Line("looked at", of(ANCHOR), colour="heavy"),), format=".2%", span=6, low=0.0,
+                lines=(Line("looked at", of(ANCHOR), colour="heavy", x=of(PLACE)),), format=".2%", span=6, low=0.0,
             ),
         ),
     ),
@@ -280,7 +284,7 @@ SCENES = (
                 colour="kept", span=5, high=None,
             ),
             views.Tokens(
-                name="verdict", title="Plans and anchors", codes=of(CODES), states=STATES, fold=False,
+                name="verdict", title="Plans and anchors", note=KEY, codes=of(CODES), states=STATES, fold=False,
             ),
         ),
     ),
@@ -289,7 +293,7 @@ SCENES = (
 
 
 def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
-    names = ("looks", "looked", "look", "anchor", "codes", "groups", "histogram", "distances")
+    names = ("looks", "looked", "look", "anchor", "place", "codes", "groups", "histogram", "distances")
     return {f"rhythm.{name}": {} for name in names}
 
 
