@@ -26,6 +26,12 @@ def load(name: str, *, fast: bool = False, dtype: str = "", device: str = "") ->
     """
     kind = hardware.fast_dtype() if fast and name == REAL else None
     model, tokenizer = checkpoints.load(name, dtype=checkpoints.DTYPES.get(dtype, kind), device=device or None)
+    introduce(name, model)
+    return model, tokenizer
+
+
+def introduce(name: str, model: Any) -> None:
+    """Note in the recording which model runs."""
     shape = model.shape
     note(
         model={
@@ -39,7 +45,6 @@ def load(name: str, *, fast: bool = False, dtype: str = "", device: str = "") ->
             "device": str(next(model.parameters()).device),
         }
     )
-    return model, tokenizer
 
 
 def name_ids(tokenizer: Any, ids: Any) -> None:

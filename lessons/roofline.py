@@ -31,8 +31,8 @@ MOVING = site(
 COMPUTING = site("roofline.computing", "time that its FLOPs take at the measured peak", unit="ms")
 SPEED = site("roofline.speed", "new tokens a second, all texts together, by the quickest step", unit="tokens/s")
 BOUND = site("roofline.bound", "tokens a second that bandwidth and peak allow", unit="tokens/s")
-WAITS = site("roofline.waits", "time to move the bytes of a layer's operations, and of the head", unit="ms")
-WORKS = site("roofline.works", "time to compute their FLOPs", unit="ms")
+WAITS = site("roofline.waits", "time to move the bytes of a layer's operations, and of the head", unit="µs")
+WORKS = site("roofline.works", "time to compute their FLOPs", unit="µs")
 ENERGY = site(
     "roofline.energy", "millijoules of a decode step at 45 nm: arithmetic, memory low, memory high", unit="mJ"
 )
@@ -118,9 +118,9 @@ def _show(decode: Profile, prefill: Profile | None, near: float, peak: float, la
 
 
 def _a_layer(seconds: np.ndarray, layers: int) -> np.ndarray:
-    """Milliseconds of one layer's four operations, of the whole layer and of the head."""
+    """Microseconds of one layer's four operations, of the whole layer and of the head."""
     parts = seconds[:-1] / layers
-    return 1e3 * np.array([*parts, parts.sum(), seconds[-1]])
+    return 1e6 * np.array([*parts, parts.sum(), seconds[-1]])
 
 
 def _points(found: Profile) -> np.ndarray:
@@ -360,7 +360,8 @@ SCENES = (
         "roof",
         (
             Plane(
-                name="roof", title="Operations under the roof", span=7, height=380, log=True, log_x=True,
+                name="roof", title="Operations under the roof", span=7, note="prefill at small batches only",
+                height=380, log=True, log_x=True,
                 points=(group(0, "query"), group(1, "key")), tensor=of(RATE), cell=point_cell,
                 lines=(
                     Line("roof", of(ROOF), colour="ink", x=of(ROOF_X)),
@@ -391,7 +392,8 @@ SCENES = (
             Facing(
                 name="sides", title="One layer: moving its bytes, computing its FLOPs", span=7, left=of(WAITS),
                 right=of(WORKS), labels=(*SHOWN[:-1], "one layer", "head"), left_label="moving its bytes",
-                right_label="computing its FLOPs", unit="ms", note="by the measured bandwidth and peak", format=".2g",
+                right_label="computing its FLOPs", unit="µs", note="µs, by the measured bandwidth and peak",
+                format=",.1f",
             ),
             ENERGY_BARS,
             Curves(

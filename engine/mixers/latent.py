@@ -20,6 +20,7 @@ is not used.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -189,3 +190,21 @@ def in_form(model: Decoder, form: str) -> Decoder:
         twin = Decoder(model.shape, mixer=mixer)
     twin.load_state_dict(model.state_dict(), assign=True)
     return twin.train(model.training).requires_grad_(model.embed.weight.requires_grad)
+
+
+def with_rope(model: Decoder, *, width: int) -> Decoder:
+    """A copy in which `width` values of the rope keys still work, the quickest pairs first; the others are zero.
+
+    Nothing is trained again and the cache is as large as before: it shows what the part that knows positions is for.
+    """
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        m = block.mixer
+        if not isinstance(m, Latent):
+            raise ValueError("model must have latent attention in all layers, and a layer has another mixer")
+        if not 0 <= width <= m.rope_width or width % 2:
+            raise ValueError(f"width must be even and from 0 to rope_width={m.rope_width}, not {width}")
+        with torch.no_grad():
+            for half in (m.rank, m.rank + m.rope_width // 2):  # a pair has one value in each half
+                m.compress.weight[half + width // 2 : half + m.rope_width // 2] = 0.0
+    return twin

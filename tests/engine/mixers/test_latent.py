@@ -15,7 +15,7 @@ from engine.caches.sinks import Sinks
 from engine.caches.window import Window
 from engine.generate import PARTS, generate, multiplications
 from engine.mixers.head_start import head_start
-from engine.mixers.latent import Latent, in_form
+from engine.mixers.latent import ROPE_KEY, Latent, in_form, with_rope
 from engine.mixers.low_rank import kept_share, keys_and_values, rank_for, singular_values, spectra
 from engine.mixers.softmax import SoftmaxAttention
 from engine.model import Decoder, Shape
@@ -292,3 +292,40 @@ def test_impossible_sizes_are_named(how, message):
 def test_other_mixers_have_no_form():
     with pytest.raises(ValueError, match="model must have latent attention in all layers, and has it in 0"):
         in_form(decoder(None), "absorbed")
+
+
+@pytest.mark.parametrize("form", ["naive", "absorbed"])
+def test_without_its_rope_key_a_layer_knows_no_order(form):
+    shape = Shape(vocab=17, width=12, layers=1, heads=4, kv_heads=4, head_width=6, ffn_width=16, max_positions=64)
+    model = decoder(lambda i: Latent(shape, i, rank=5, rope_width=8, form=form), shape=shape)
+    ids = tokens(9)
+    mixed = torch.cat((ids[:, torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])], ids[:, 8:]), 1)
+    assert torch.equal(with_rope(model, width=8)(ids), model(ids))
+    silent = with_rope(model, width=0)
+    torch.testing.assert_close(silent(mixed)[:, -1], silent(ids)[:, -1], rtol=1e-10, atol=1e-10)
+    for width in (2, 8):
+        heard = with_rope(model, width=width)
+        assert not torch.allclose(heard(mixed)[:, -1], heard(ids)[:, -1], rtol=1e-6, atol=1e-6)
+
+
+def test_the_quickest_pairs_of_a_rope_key_are_kept_and_the_model_is_not_altered():
+    model = decoder(lambda i: Latent(WIDE, i, rank=5, rope_width=8), shape=WIDE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with record(keep={ROPE_KEY: {}}) as recorder:
+        with_rope(model, width=4)(tokens(6))
+    for layer in range(WIDE.layers):
+        key = torch.tensor(recorder.freeze().stack(ROPE_KEY, layer=layer))[0]  # T R
+        assert (key != 0).all(0).tolist() == [True, True, False, False] * 2  # a pair is one value of each half
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("width", [-2, 3, 10])
+def test_impossible_widths_of_the_rope_key_are_named(width):
+    model = decoder(lambda i: Latent(WIDE, i, rank=5, rope_width=8), shape=WIDE)
+    with pytest.raises(ValueError, match="width must be even and from 0 to rope_width=8"):
+        with_rope(model, width=width)
+
+
+def test_other_mixers_have_no_rope_key_of_their_own():
+    with pytest.raises(ValueError, match="a layer has another mixer"):
+        with_rope(decoder(None), width=0)
