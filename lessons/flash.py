@@ -311,7 +311,7 @@ BEATS = (
     Beat(
         "Now count what travels between HBM and SRAM. Tiles reread keys and values for each block of queries; the "
         "standard way moves the matrix four times.",
-        scene="bytes", step="counted",
+        scene="sweep", step="second",
         predict=Predict(
             "How many times fewer bytes do the tiles move?", (0.8, 3, 12, 40), "ratio", format=".1f", unit="×"
         ),

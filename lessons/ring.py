@@ -76,9 +76,8 @@ def run(knobs: Turn) -> None:
     note(total_steps=FRAMES + n + 1, ranks=n, length=knobs.length, causal=causal)
     kept = {layout: blocks(knobs.length, ranks=n, layout=layout) for layout in LAYOUTS}  # or a sentence why not
     model, tokenizer = load(knobs.model)
-    toy = knobs.model == TOY
-    text = text_ids(tokenizer, "bread", "", toy=True, tokens=knobs.length) if toy else None
-    ids = text or tokenizer.prompt("\n".join(TEXTS.values()))[: knobs.length]
+    story = text_ids(tokenizer, "bread", "", toy=True, tokens=knobs.length) if knobs.model == TOY else []
+    ids = story or tokenizer.prompt("\n".join(TEXTS.values()))[: knobs.length]
     if len(ids) < knobs.length:
         raise ValueError(f"Length must be at most {len(ids)} tokens, which is all the text there is.")
     for layout in LAYOUTS:
@@ -96,9 +95,9 @@ def run(knobs: Turn) -> None:
     for layout, answer in answers.items():
         lanes[layout, HERE] = [list(rank.spans) for rank in answer.ranks]
         lanes[layout, OWN] = _alone(answer, kept[layout], q, knobs)
-        found = {"cells": [[turn.cells for turn in turns] for turns in answer.plan], "idle": idle_share(answer.plan),
-                 "memory": [r.memory for r in answer.ranks], "off": float((answer.output - exact).abs().max())}  # fmt: skip
-        note(**{layout: found})
+        cells = [[turn.cells for turn in turns] for turns in answer.plan]
+        found = {"cells": cells, "idle": idle_share(answer.plan), "memory": [r.memory for r in answer.ranks]}
+        note(**{layout: {**found, "off": float((answer.output - exact).abs().max())}})
     note(whole=whole, backend=answers["contiguous"].backend, overlap=knobs.overlap)
     for (layout, clock), spans in lanes.items():
         where = {"layout": layout, "clock": clock}
@@ -247,14 +246,14 @@ def _memory(recording: Recording) -> Finding:
 
 
 def _hidden(recording: Recording) -> Finding:
-    f, meta = facts(recording), recording.meta
+    f = facts(recording)
     filled = f"{f['bare_ms']:.1f} of {f['carried_ms']:.1f} ms uncovered, played with measured work"
     if not f["carried_ms"]:
         return Finding("–", "untestable", "With one device, or a link without limit, nothing takes time.", filled)
     if f["hidden"] > 0.95:
         return Finding(f"{f['hidden']:.0%}", "agrees", "", filled)
     why = "A device whose block is masked has no work to hide a transfer behind, and small blocks little."
-    why = why if meta["overlap"] else "With compute and transfer in turn nothing can be hidden."
+    why = why if recording.meta["overlap"] else "With compute and transfer in turn nothing can be hidden."
     return Finding(f"{f['hidden']:.0%}", "differs", why, filled)
 
 
@@ -343,14 +342,11 @@ BEATS = (
         "But the matrix is a triangle: nobody looks ahead. The first device owns the earliest tokens, which may look "
         "at almost nothing.",
         scene="ring", step="first",
-        predict=Predict(
-            "Which share of the time will device 0 be idle, under this mask?", (0.1, 0.3, 0.55, 0.85), "idle_first",
-            format=".0%",
-        ),
+        predict=Predict("Which share of the time is device 0 idle?", (0.1, 0.3, 0.6, 0.85), "idle_first", ".0%"),
     ),
     Beat(
-        "{idle_first:.0%} idle. ==Its lane|time== is almost empty, while the last device works all the time. Everybody "
-        "waits for the slowest: {own_ms:.1f} ms in all. Counting cells alone says {counted_first:.0%}.",
+        "{idle_first:.0%} idle. ==Its lane|time== ends early, while the last device works all the time. Everybody waits "
+        "for the slowest: {own_ms:.1f} ms in all. Were a score all there is to do, it would be {counted_first:.0%}.",
         scene="time", step="last", play=True, focus="time",
     ),
     Beat(
@@ -428,8 +424,7 @@ SCENES = (
         (
             _timeline("plain", "Contiguous: one long piece each", layout="contiguous", clock=knob("clock")),
             _timeline("zigzag", "Zigzag: an early piece and a late one", layout="zigzag", clock=knob("clock")),
-            _idle("Idle, contiguous", "contiguous"),
-            _idle("Idle, zigzag", "zigzag"),
+            _idle("Idle, contiguous", "contiguous"), _idle("Idle, zigzag", "zigzag"),
         ),
     ),
 )

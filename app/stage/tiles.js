@@ -53,7 +53,7 @@ export function sweepTiles(host, spec, context) {
     const bare = context.bare;
     const head = bare ? 1 : NAMES + 2 * (STRIP + STRIP_GAP);
     const left = bare ? 1 : NAMES + STRIP + STRIP_GAP;
-    const right = bare ? 1 : STRIP + STRIP_GAP + NAMES;
+    const right = bare ? 1 : STRIP + STRIP_GAP + 2;
     const apart = bare ? 10 : Math.min(APART, width * 0.04);
     const room = spec.mirror ? (width - apart) / 2 - left - right : width - left - right;
     const tallest = bare ? (context.height || 170) - 4 : SIDE_MOST;
@@ -120,7 +120,7 @@ export function sweepTiles(host, spec, context) {
       pen.font = `11px ${context.fonts.text}`;
       pen.textAlign = "right";
       pen.textBaseline = "bottom";
-      pen.fillText(`row ${plan.row}`, box.x + w - 4, box.y + (plan.row + 0.5) * ch - 2);
+      if (w > 180) pen.fillText(`row ${plan.row}`, box.x + w - 4, box.y + (plan.row + 0.5) * ch - 2);
     }
     if (own) {
       pen.strokeStyle = seen.now.scores < 0 ? role("alarm") : role("ink");
