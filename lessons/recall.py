@@ -9,13 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine import checkpoints
 from engine.caches.full import Full
 from engine.evaluate import Question, ask, passkey
 from engine.mixers.state import state_bytes
+from engine.recording import note, site, tap
 from engine.toyland import Grammar
 from engine.toyland.questions import pairs_question, passkey_question
 
 BEFORE = 2  # sentences of filler before a code
+PAIRS = (3, 4, 6, 8, 12, 16, 24, 32)
+ASKED = 4  # questions for each number of pairs
+
+FOUND = site("recall.found", "share of pairs recalled", low=0.0, high=1.0)
+TOLD = site("recall.pairs", "pairs told before one is asked for")
 
 
 @dataclass(frozen=True)
@@ -68,3 +75,23 @@ def by_pairs(
     for count in counts:
         for now in standings(models, tokenizer, (make(count, seed=1000 * count + n) for n in range(questions))):
             yield count, now
+
+
+def recall_points(names: Iterable[str], tokenizer: Any, *, questions: int = ASKED) -> Iterator[None]:
+    """A point a turn: how many pairs were told, and the share that each model of the zoo gives back.
+
+    A model that is not here (yet) has one point that is no number, so that its line is empty. Notes who was asked.
+    """
+    names = list(names)
+    here = {name: checkpoints.load(name)[0] for name in names if checkpoints.available(name)[0]}
+    note(recalled=list(here))
+    for name in names:
+        if name not in here:
+            tap(FOUND, float("nan"), "", model=name)
+    asked = by_pairs(here, tokenizer, PAIRS, questions=questions)
+    for count in PAIRS:
+        *_, (_, now) = (next(asked) for _ in range(questions))
+        tap(TOLD, float(count), "")
+        for name, standing in now.items():
+            tap(FOUND, standing.right, "", model=name)
+        yield

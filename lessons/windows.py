@@ -444,6 +444,6 @@ LESSON = Lesson(
     ),
     looks=frozenset({"layer", "head"}), bounded_by={"layer": "layers", "head": "heads", "top": "layers"}, facts=facts,
     marks=marks, glossary=GLOSSARY, step_word="step", seconds=240,
-    footnote="Windows by release: Mistral 7B v0.1 in all layers, v0.2 and Mixtral 8x7B in none; Gemma 2 in every second.",
+    footnote="Windows by release: Mistral 7B v0.1 in all layers, v0.2 and Mixtral in none; Gemma 2 in every second.",
 )
 # fmt: on
