@@ -17,7 +17,7 @@ from engine.toyland import Grammar, Tokenizer, story
 from engine.train import measure
 from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
-from lessons.looking import GROUPS, LOOKS, WIRES, observe, overlaps
+from lessons.looking import LOOKS, WIRES, observe, overlaps
 from lessons.models import TOY, choice, load, read_aloud
 from lessons.sharing import (
     MS,
@@ -38,6 +38,7 @@ from lessons.texts import LIGHTHOUSE
 from lessons.views import Arithmetic, Bars, Curves, Heatmaps, Line, Number, Numbers, Routes, of
 
 MERGED = site("heads.merged", "how much of each old key head is in each new one", low=0.0, high=1.0)
+LEFT = site("heads.left", "how many key heads are left of the toy's")
 LOST = site("heads.lost", "how far an old head is from the one that stands in for it, over its own length",
             symbol="‖W − W′‖ / ‖W‖", low=0.0)  # fmt: skip
 CURVE = site("heads.curve", "perplexity", low=0.0)
@@ -86,7 +87,7 @@ def _merge(knobs: Turn) -> None:
     def show(model: Any, weights: np.ndarray) -> dict[str, float]:
         found = judge("merged", model)
         tap(MERGED, np.pad(weights, ((0, 0), (0, H - weights.shape[1]))).astype(np.float32), "head group")
-        tap(GROUPS, weights.shape[1], "", of="merged")
+        tap(LEFT, weights.shape[1], "")
         tap(CURVE, found["perplexity"], "", of="held")
         tap(CURVE, before, "", of="before")
         return found
@@ -370,7 +371,7 @@ SCENES = (
         (
             Routes(
                 name="merge", title="Old key heads into new ones", span=4, tensor=of(MERGED), left="old head",
-                right="new head", left_colour="key", count=of(GROUPS, of="merged"), origin="converted",
+                right="new head", left_colour="key", count=of(LEFT), origin="converted",
             ),
             Curves(
                 name="curve", title="Uptraining, live", note="perplexity, log", span=8, log=True, origin="toy",
@@ -386,7 +387,7 @@ SCENES = (
                 numbers=(
                     Number("Perplexity", of(PERPLEXITY, design="merged"), format=",.2f", colour="recent"),
                     Number("Questions right", of(RECALL, design="merged"), format=".0%"),
-                    Number("Key heads", of(GROUPS, of="merged"), colour="key"),
+                    Number("Key heads", of(LEFT), colour="key"),
                 ),
             ),
             Bars(

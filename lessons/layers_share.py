@@ -37,7 +37,7 @@ from lessons.sharing import (
 )
 from lessons.views import Arithmetic, Curves, Footprint, Heatmaps, Holding, Line, Number, Numbers, Stack, of
 
-KINDS = ("keeps keys and values", "only asks", "looks through a window")
+KINDS = ("keeps notes", "only asks", "has a window")
 KEEPS, ASKS, LOOKS_NEAR = range(3)
 KIND = site("layers.kind", "what each layer is: one that keeps keys and values, one that only asks, one with a window")
 READS = site("layers.owner", "the layer whose keys and values each layer reads, once the token has come so far")
@@ -109,14 +109,14 @@ def _climb(model: Any, ids: list[int]) -> None:
     with record(keep={}) as seen:
         list(generate(model, ids, steps=1, cache=Full()))
     kind = np.full(layers, LOOKS_NEAR, np.int32)
-    owner = np.arange(layers, dtype=np.int32)
+    owner = np.full(layers, -1, np.int32)  # a window is nobody else's
     for e in seen.events:
         if e.name == "layers.keep":
-            kind[e.fields["layer"]] = KEEPS
+            kind[e.fields["layer"]], owner[e.fields["layer"]] = KEEPS, e.fields["layer"]
         elif e.name == "layers.read":
             kind[e.fields["layer"]], owner[e.fields["layer"]] = ASKS, e.fields["owner"]
     if not any(e.name.startswith("layers.") for e in seen.events):
-        kind[:] = KEEPS  # plain attention keeps its own and tells nobody
+        kind[:], owner = KEEPS, np.arange(layers)  # plain attention keeps its own and tells nobody
     for layer in range(layers):
         weigh("now", model, ids)
         at = np.arange(layers)
@@ -167,7 +167,7 @@ def _leave(model: Any, ids: Any) -> None:
             done[i, layer] = np.maximum(done[i, layer], 0.5)
     best = dict.fromkeys(ways, float("inf"))
     with record(keep={}):
-        for _ in range(5):
+        for _ in range(15):
             for name, way in ways.items():
                 began = time.perf_counter()
                 way(ids)
@@ -192,8 +192,8 @@ def facts(recording: Recording) -> dict[str, Any]:
     ppl = dict(zip(kept, recording.track(QUALITY).latest().tolist(), strict=True))
     recall = {name: float(recording.track(RECALL, design=name).latest()) for name in kept}
     full, early = (float(recording.track(WORK, way=way).latest()) for way in ("full", "early"))
-    shared = recording.track(BYTES, design="now").latest(2 * meta["layers"] - 1)
     L = meta["layers"]
+    shared = recording.track(BYTES, design="now").latest(2 * L - 1)
     return {
         **{f"kept_{name.replace('-', '_')}": value for name, value in kept.items()},
         **{f"ppl_{name.replace('-', '_')}": value for name, value in ppl.items()},
@@ -201,8 +201,7 @@ def facts(recording: Recording) -> dict[str, Any]:
         "small": kept["toy"] / kept["cla2-mqa"],
         "kept_shared": float(shared.sum()),
         "kept_base": float(recording.track(BYTES, design="now").latest(0).sum()),
-        "layers": L,
-        "factor": meta["factor"],
+        "layers": L, "factor": meta["factor"],
         "window": WINDOW,
         "ppl_base": meta["base_judged"]["perplexity"],
         "ppl_cut": meta["cut_judged"]["perplexity"],
@@ -324,8 +323,9 @@ BEATS = (
     ),
     Beat(
         "{small:.0f} times: 8 by heads, 2 by layers. ==All these toys|alike== were trained alike, and read almost as "
-        "well: perplexity {ppl_toy:.2f} with every cache, {ppl_cla2:.2f} with every second, {ppl_yoco:.2f} in YOCO. "
-        "==Long texts|growth== tell them apart.", scene="alike", step="alike", focus="alike",
+        "well: perplexity {ppl_toy:.2f} with every cache, {ppl_cla2:.2f} with every second, {ppl_yoco:.2f} in YOCO. Of "
+        "the questions they get {recall_toy:.0%}, {recall_cla2:.0%} and {recall_yoco:.0%} right. ==Long texts|growth== "
+        "tell caches apart.", scene="alike", step="alike", focus="alike",
     ),
     Beat(
         "So why not cut caches out of the model that you have?", scene="contrast", step="alike",
@@ -417,8 +417,8 @@ SCENES = (
         "prefill",
         (
             Heatmaps(
-                name="rows", title="Reading a prompt: which tokens climb how far", tensor=of(DONE), rows="layer",
-                columns="token", facet="way", note="way 0: in full, way 1: leaving early", colours="recent", span=12,
+                name="rows", title="Reading a prompt, the first layer on top", tensor=of(DONE), rows="layer",
+                columns="token", facet="way", note="way 0: in full, 1: leaving early", colours="recent", span=12,
                 gaps=True, cell=done_cell, origin="toy",
             ),
             Numbers(
@@ -444,7 +444,7 @@ LESSON = Lesson(
     sources=("episodes", "post", "Brandon 2024, arXiv:2405.12981", "Sun 2024, arXiv:2405.05254"),
     knobs=Turn, run=run, keep=keep, beats=BEATS, scenes=SCENES, claims=CLAIMS,
     code=("engine.mixers.cross_layer:Owner", "engine.mixers.cross_layer:_ask", "engine.mixers.early_exit:early_exit"),
-    facts=facts, marks=marks, glossary=GLOSSARY, step_word="layer", seconds=120,
+    facts=facts, marks=marks, glossary=GLOSSARY, step_word="step", seconds=120,
     footnote="* As the papers report. Measured: toys of half a million weights and four layers.",
 )
 # fmt: on
