@@ -345,8 +345,8 @@ BEATS = (
         predict=Predict("Which share of the time is device 0 idle?", (0.1, 0.3, 0.6, 0.85), "idle_first", ".0%"),
     ),
     Beat(
-        "{idle_first:.0%} idle. ==Its lane|time== ends early, while the last device works all the time. Everybody waits "
-        "for the slowest: {own_ms:.1f} ms in all. Were a score all there is to do, it would be {counted_first:.0%}.",
+        "{idle_first:.0%} idle. ==Its lane|time== ends early, while the last device works all the time. Everybody "
+        "waits for the slowest: {own_ms:.1f} ms in all. Scores alone would make it {counted_first:.0%}.",
         scene="time", step="last", play=True, focus="time",
     ),
     Beat(
@@ -441,7 +441,9 @@ LESSON = Lesson(
     slug="ring", title="Pass the keys around", question="What if the sequence does not fit on one device?",
     part="The same answer, computed better", order=11, sources=("architectures", LIU), knobs=Turn, run=run, keep=keep,
     beats=BEATS, scenes=SCENES, claims=CLAIMS,
-    code=("engine.exact.rank:travel", "engine.exact.rank:merge", "engine.exact.schedule:schedule"),
+    code=(
+        "engine.exact.rank:travel", "engine.exact.rank:merge", "engine.exact.ring:_show", "engine.exact.timing:played",
+    ),
     looks=frozenset({"layout", "clock"}), facts=facts, marks=marks, glossary=GLOSSARY, step_word="moment",
     footnote="* Forward passes a second on 8 H800 GPUs.", seconds=300,
 )

@@ -25,6 +25,7 @@ QUICK = {
     "sinks": {"tokens": 96, "window": 32},
     "heavy-hitters": {"tokens": 96, "steps": 6},
     "heads": {"steps": 10},
+    "ring": {"ranks": 2, "length": 64},
 }
 
 
