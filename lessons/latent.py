@@ -12,7 +12,7 @@ from engine import cost
 from engine.caches.full import Full
 from engine.generate import checked_ids
 from engine.mixers.latent import FORMS, LATENT, ROPE_KEY, in_form, with_rope
-from engine.mixers.low_rank import SINGULAR, kept_share, rank_for, spectra
+from engine.mixers.low_rank import kept_share, rank_for, spectra
 from engine.published import PUBLISHED
 from engine.recording import Recording, labelled, note, site, step, tap
 from engine.toyland import Grammar, Tokenizer, batch, story
@@ -31,6 +31,7 @@ MATRIX = site(
 WORK = site("sketch.work", "multiplications of one layer's attention for one new token", low=0.0)
 MOVED = site("sketch.moved", "values of weights, cache and what is redrawn, read or written for one new token", low=0.0)
 KEYS = site("sketch.keys", "tokens that the new one looks back at")
+SPECTRUM = site("sketch.spectrum", "singular values, without those that are rounding", symbol="σ", low=0.0)
 KEPT = site("sketch.kept", "share of the squares that the first directions keep", low=0.0, high=1.0)
 
 READ = 36  # tokens of the story
@@ -129,7 +130,9 @@ def _compare(text: list[int], altered: Any, design: str) -> None:
     mha, _ = toy("toy")
     found = spectra(mha, batch(Grammar(), seed=0, step=0, rows=8, length=128, stream="test").ids)
     for (layer, which), values in found.items():
-        tap(KEPT, kept_share(values), "rank", layer=layer, of=which)
+        real = values[values > 1e-9 * values[0]]  # all come from a narrower state: the others are rounding
+        tap(KEPT, kept_share(real), "rank", layer=layer, of=which)
+        tap(SPECTRUM, real, "rank", layer=layer, of=which)
     note(missing=missing, r90=float(np.mean([rank_for(v, 0.9) for (_, which), v in found.items() if which == "kv"])))
 
 
@@ -368,13 +371,13 @@ SCENES = (
                      colours="diverging", **DRAWN),
             Heatmaps(name="rope", title="Position key", note="cached, one for all heads", span=3,
                      tensor=of(ROPE_KEY, **HERE), colours="diverging", **DRAWN),
-            Heatmaps(name="pattern", title="Who looks at whom", span=6, tensor=of("attention.pattern", **HERE),
-                     rows="query", columns="key", facet="head", focus=knob("head"), colours="attention",
-                     row_labels="tokens", column_labels="tokens", cell=attention_cell),
             Heatmaps(name="keys", title="Keys, redrawn", span=6, tensor=of("attention.k", **HERE), facet="head",
                      focus=knob("head"), colours="key", lit=of(LIT, form=knob("form")), cell=key_cell, **DRAWN),
             Heatmaps(name="values", title="Values, redrawn", span=6, tensor=of("attention.v", **HERE), facet="head",
                      focus=knob("head"), colours="value", lit=of(LIT, form=knob("form")), cell=value_cell, **DRAWN),
+            Heatmaps(name="pattern", title="Who looks at whom", span=6, tensor=of("attention.pattern", **HERE),
+                     rows="query", columns="key", facet="head", focus=knob("head"), colours="attention",
+                     row_labels="tokens", column_labels="tokens", cell=attention_cell),
             Tokens(name="text", title="The text, as it is read", fold=False),
         ),
     ),
@@ -402,8 +405,8 @@ SCENES = (
             ),
             Curves(
                 name="singular", title="Their singular values", span=5, across="rank", log=True, origin="toy",
-                lines=(Line("keys and values", of(SINGULAR, layer=knob("layer"), of="kv"), colour="ink"),),
-                x_label="direction", low=0.01, format=".2g",
+                lines=(Line("keys and values", of(SPECTRUM, layer=knob("layer"), of="kv"), colour="ink"),),
+                x_label="direction", format=".2g",
             ),
         ),
     ),
@@ -428,7 +431,7 @@ SCENES = (
 
 def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
     tapped = (LATENT, ROPE_KEY, "attention.q", "attention.k", "attention.v", "attention.pattern")
-    return {name: {"form": {"naive"}} for name in tapped} | {"sketch.*": {}, "sharing.*": {}, SINGULAR: {}}
+    return {name: {"form": {"naive"}} for name in tapped} | {"sketch.*": {}, "sharing.*": {}}
 
 
 # fmt: off
