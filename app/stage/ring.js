@@ -16,7 +16,7 @@ export function ringOfDevices(host, spec, context) {
   const { store } = context;
   const said = make("div", { class: "ring-said" });
   const tag = make("span", { class: "origin origin-simulated ring-tag", hidden: true });
-  const picture = draw("svg", { role: "img", class: "ring" });
+  const picture = draw("svg", { role: "img", class: "ring", "aria-label": spec.title });
   const focus = make("div", { class: "ring-focus", role: "application", tabindex: context.bare ? null : 0 }, picture);
   host.append(...(context.bare ? [focus] : [make("div", { class: "ring-head" }, said, tag), focus]));
   let step = 0;

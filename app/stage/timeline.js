@@ -25,7 +25,7 @@ export function tagSimulated(tag, spec, store, step) {
 export function timeline(host, spec, context) {
   const { store } = context;
   const name = `timeline-${(timelineCount += 1)}`;
-  const picture = draw("svg", { role: "img", class: "timeline" });
+  const picture = draw("svg", { role: "img", class: "timeline", "aria-label": `${spec.title}: nothing has run yet` });
   const list = make("div", { class: "timeline-focus", role: "application", tabindex: context.bare ? null : 0, "aria-label": `${spec.title}: intervals. Arrow keys read them` }, picture);
   const tag = make("span", { class: "origin origin-simulated ring-tag", hidden: true });
   const legend = make(
