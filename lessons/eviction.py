@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from engine.caches import Cache
-from engine.caches.compare import compare
 from engine.caches.full import Full
 from engine.caches.heavy_hitters import HeavyHitters
 from engine.caches.norm import LowNorm
@@ -34,7 +33,7 @@ LABELS = {
     "full": "Keep everything", "window": "Sliding window", "sinks": "Sinks + window", "h2o": "H2O: heavy hitters",
     "normalised": "H2O, mean attention", "norm": "Short keys",
 }  # fmt: skip
-SHORT = ("everything", "window", "sinks", "H2O", "H2O mean", "short keys")
+SHORT = ("all", "window", "sinks", "H2O", "H2O mean", "short")
 SWEPT = ("window", "sinks", "h2o", "norm")
 SCORED = ("h2o", "normalised")
 
@@ -81,30 +80,34 @@ def show(name: str, cache: Cache, t: int, shape: Any, recent: int) -> np.ndarray
     return tap(HELD, counts, "layer token", strategy=name)
 
 
-def sweep(model: Any, ids: Sequence[int], budget: int, share: float, known: Mapping[str, list[float]]) -> None:
-    """The same prompt again at half the budget and at twice: how quality grows with it."""
-    budgets = (max(8, budget // 2), budget, min(2 * budget, len(ids) - 4))
-    least = budgets[0]
-    rows: dict[str, Cache] = {"yardstick": Full()}
-    for size in budgets[::2]:
-        rows |= {f"{name} {size}": cache for name, cache in caches(size, share).items() if name in SWEPT}
-    sums: dict[str, float] = dict.fromkeys(rows, 0.0)
+def budgets_of(budget: int, tokens: int) -> tuple[int, int, int]:
+    """Half the budget, the budget, twice the budget."""
+    return max(8, budget // 2), budget, min(2 * budget, tokens - 4)
 
-    def on_token(t: int) -> None:
-        if t < least:
-            return
-        for name in SWEPT:
-            means = []
-            for size in budgets:
-                if size == budget:
-                    sums[name] = sums.get(name, 0.0) + known[name][t]
-                else:
-                    sums[f"{name} {size}"] += float(newest("compare.kl", strategy=f"{name} {size}") or 0.0)
-                means.append(sums[name if size == budget else f"{name} {size}"] / (t - least + 1))
-            tap(SWEEP, np.array(means, np.float32), "budget", strategy=name)
-        tap(BUDGETS, np.array(budgets, np.float32), "budget")
 
-    compare(model, ids, rows, steps=1, full="yardstick", on_token=on_token)
+def swept(budgets: Sequence[int], share: float) -> dict[str, Cache]:
+    """Some policies at the first and the last of the budgets, under names of their own."""
+    return {
+        f"{name} {size}": cache
+        for size in (budgets[0], budgets[-1])
+        for name, cache in caches(size, share).items()
+        if name in SWEPT
+    }
+
+
+def show_sweep(t: int, budgets: Sequence[int], sums: dict[str, float]) -> None:
+    """Tap the mean KL at each budget, from the first token on that has to go anywhere; adds to `sums`."""
+    if t < budgets[0]:
+        return
+    for name in SWEPT:
+        means = []
+        for size in budgets:
+            row = name if size == budgets[1] else f"{name} {size}"
+            kl = newest("compare.kl", strategy=row)
+            sums[row] = sums.get(row, 0.0) + (0.0 if kl is None else float(kl))
+            means.append(sums[row] / (t - budgets[0] + 1))
+        tap(SWEEP, np.array(means, np.float32), "budget", strategy=name)
+    tap(BUDGETS, np.array(budgets, np.float32), "budget")
 
 
 def survival(recording: Recording, name: str, at: int, step: int) -> float:

@@ -29,12 +29,14 @@ from lessons.eviction import (
     SWEEP,
     SWEPT,
     WORTH,
+    budgets_of,
     caches,
     heavy_place,
     recent_of,
     show,
+    show_sweep,
     survival,
-    sweep,
+    swept,
 )  # fmt: skip
 from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
@@ -102,10 +104,11 @@ def run(knobs: Turn) -> None:
     policies, recent = caches(budget, knobs.recent), recent_of(budget, knobs.recent)
     shape = model.shape
     fact = question.fact if question else None
-    note(budget=budget, recent=recent, prompt_tokens=len(ids), tokens=T, total_steps=T + len(ids))
+    note(budget=budget, recent=recent, prompt_tokens=len(ids), tokens=T, total_steps=T)
     note(layers=shape.layers, kv_heads=shape.kv_heads, words=[p.strip() for p in tokenizer.pieces(ids)])
     note(fact=[fact.start, fact.stop] if fact else [], answer=question.answer.strip() if question else "")
     sums, coming, alike = dict.fromkeys(policies, 0.0), ids[0], dict.fromkeys(policies, 0)
+    budgets, others = budgets_of(budget, len(ids)), dict[str, float]()
 
     def on_token(t: int) -> None:
         nonlocal coming
@@ -128,12 +131,13 @@ def run(knobs: Turn) -> None:
         tap(SLOTS_USED, np.array(slots, np.int32), "policy")
         tap(KEY_HELD, np.array(key_held, np.float32), "policy")
         tap(ALIKE, np.array([*alike.values()], np.int32), "policy")
+        show_sweep(t, budgets, others)
 
-    courses = compare(model, ids, policies, steps=knobs.steps, on_token=on_token)
+    rows = policies | swept(budgets, knobs.recent)
+    courses = compare(model, ids, rows, steps=knobs.steps, on_token=on_token)
+    courses = {name: courses[name] for name in policies}
     texts = {name: tokenizer.decode(course.text) for name, course in courses.items()}
     note(said=texts, parts={name: -1 if course.parts is None else course.parts for name, course in courses.items()})
-    known = {name: course.kl for name, course in courses.items()}
-    sweep(model, ids, budget, knobs.recent, known)
 
 
 def facts(recording: Recording) -> dict[str, Any]:
@@ -143,33 +147,30 @@ def facts(recording: Recording) -> dict[str, Any]:
     key = recording.track(KEY_HELD).latest(asked)
     words = candidates(meta)
     shares = [survival(recording, "h2o", at, asked) for at in words]
-    found = {
-        name: text.strip().startswith(meta["answer"]) and bool(meta["answer"]) for name, text in meta["said"].items()
-    }
-    parts = {name: meta["parts"][name] for name in BOUNDED}
+    told = meta["answer"]
+    found = {name: bool(told) and text.strip().startswith(told) for name, text in meta["said"].items()}
     named = [meta["words"][at] or "⏎" for at in words]
     later = {name: heavy_place(recording, name, asked) for name in SCORED}
     return {
         "budget": budget, "recent": meta["recent"], "heavy": budget - meta["recent"], "tokens": T,
         "share": budget / meta["prompt_tokens"], "name": meta["model"]["name"],
-        **{f"kl_{name}": value for name, value in kl.items()}, "kl_factor": kl["window"] / max(1e-9, kl["h2o"]),
-        **{f"parts_{name}": "never" if at < 0 else f"at new word {at + 1}" for name, at in parts.items()},
+        **{f"kl_{name}": value for name, value in kl.items()},
+        "parts_h2o": "never" if meta["parts"]["h2o"] < 0 else f"at new word {meta['parts']['h2o'] + 1}",
         **{f"said_{name}": short(text) for name, text in meta["said"].items()},
         **{f"right_{name}": ok for name, ok in found.items()},
         **{f"held_{name}": float(key[i]) for i, name in enumerate(LABELS)},
         **{f"word_{i}": word for i, word in enumerate(named)}, **{f"share_{i}": s for i, s in enumerate(shares)},
         "survivor": int(np.argmax(shares)), "survivor_word": named[int(np.argmax(shares))],
-        "survivor_share": max(shares), "answer": meta["answer"] or "nothing",
+        "survivor_share": max(shares), "answer": told or "no key (this prompt hides none)",
         "place_raw": later["h2o"], "place_mean": later["normalised"],
-        "full_at": budget - 1, "asked": asked, "written": T - 1,
-        "last": recording.steps - 1,
+        "full_at": budget - 1, "asked": asked, "written": T - 1, "last": recording.steps - 1,
     }  # fmt: skip
 
 
 def short(text: str) -> str:
-    """The beginning of a text, on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= 34 else line[:33] + "…"
+    """The first sentence of a text, on one line."""
+    line = " ".join(text.split()).split(". ")[0]
+    return line if len(line) <= 24 else line[:23] + "…"
 
 
 def candidates(meta: Mapping[str, Any]) -> list[int]:
@@ -185,8 +186,7 @@ def candidates(meta: Mapping[str, Any]) -> list[int]:
 
 def marks(recording: Recording) -> list[Mark]:
     meta = recording.meta
-    found = [Mark(meta["budget"], "the first token has to go"), Mark(meta["prompt_tokens"] - 1, "the question is read")]
-    return [*found, Mark(min(meta["tokens"], recording.steps - 1), "the same, at other budgets")]
+    return [Mark(meta["budget"], "the first token has to go"), Mark(meta["prompt_tokens"] - 1, "the prompt is read")]
 
 
 def _evict(recording: Recording) -> Finding:
@@ -201,7 +201,7 @@ def _evict(recording: Recording) -> Finding:
 def _fifth(recording: Recording) -> Finding:
     f = facts(recording)
     same = f["parts_h2o"] == "never"
-    why = "" if same else "At this size its text parts from the full one’s, if later than others."
+    why = "" if same else "At this size, on this text, it parts from what the full cache says."
     filled = (
         f"{f['budget']} of {recording.meta['prompt_tokens']} tokens = {f['share']:.0%}; texts part: {f['parts_h2o']}"
     )
@@ -226,14 +226,15 @@ def _retrieval(recording: Recording) -> Finding:
     if not f["right_full"]:
         return Finding("nobody", "untestable", "Even the full cache does not find it.", filled)
     split = f["right_h2o"] and not f["right_window"]
-    why = "" if split else "Whether heads look back at the key while reading on is up to the model and the text."
+    why = "" if split else "Whether heads look back at the key while reading on is up to the model."
     return Finding(f"right: {', '.join(right)}", "agrees" if split else "differs", why, filled)
 
 
 def _norm(recording: Recording) -> Finding:
     f = facts(recording)
     close = f["kl_norm"] < 1.5 * f["kl_h2o"]
-    why = "" if close else "It beats the window without watching anything, and knows less than attention does."
+    place = "better" if f["kl_norm"] < f["kl_window"] else "no better"
+    why = "" if close else f"Watching nothing, it does {place} than a window, and worse than attention does."
     return Finding(
         f"{f['kl_norm']:.2f} vs {f['kl_h2o']:.2f}", "agrees" if close else "differs", why,
         f"KL of short keys vs H2O, {f['share']:.0%} kept; window {f['kl_window']:.2f}",
@@ -406,10 +407,7 @@ SCENES = (
                 name="curves", title="How far from the full cache", note="mean KL since tokens had to go", lines=LINES,
                 x_label="token", y_label="nats", low=0, format=".2f",
             ),
-            Bars(
-                name="slots", title="Tokens held", span=4, values=of(SLOTS_USED), labels=SHORT, format=",.0f",
-                high=None,
-            ),
+            Bars(name="slots", title="Slots", span=4, values=of(SLOTS_USED), labels=SHORT, format=",.0f", high=None),
             Bars(name="key", title="Of the pass key, held", span=4, values=of(KEY_HELD), labels=SHORT, colour="heavy"),
             Bars(
                 name="alike", title="New words until texts part", span=4, values=of(ALIKE), labels=SHORT,
@@ -421,7 +419,7 @@ SCENES = (
         "budget",
         (
             Plane(
-                name="budgets", title="Quality against budget", note="the same prompt, read again with other budgets",
+                name="budgets", title="Quality against budget", note="the same prompt, read with other budgets too",
                 points=tuple(
                     Points(LABELS[name], of(BUDGETS), of(SWEEP, strategy=name), colour=COLOURS[name], joined=True)
                     for name in SWEPT
