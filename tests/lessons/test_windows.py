@@ -71,15 +71,29 @@ def test_sums_at_any_size():
         sums({"n": 10, "w": 11, "L": 1, "every": 1})
 
 
+CORNER = """(() => {
+  const canvas = INSIDE.querySelector('[data-view=matrix] canvas');
+  const box = JSON.parse(canvas.dataset.boxes)[0];
+  const ratio = canvas.width / canvas.clientWidth;
+  const place = (start, cell, n) => Math.floor((start + (n + 0.5) * cell) * ratio);
+  const at = (i, j) => [place(box.x, box.cw, j), place(box.y, box.ch, i)];
+  const copy = document.createElement('canvas');
+  [copy.width, copy.height] = [canvas.width, canvas.height];
+  const pen = copy.getContext('2d', { willReadFrequently: true });
+  pen.drawImage(canvas, 0, 0);
+  return [0, 65].map((j) => [...pen.getImageData(...at(70, j), 1, 1).data].slice(0, 3));
+})()"""
+
+
 @pytest.mark.browser
 def test_another_pattern_opens_other_cells(tmp_path, chromium_page):
-    """The veil of the picture follows the knob: through "Every cell" nothing is grey."""
+    """What a window leaves out is grey, and darker than what stays open; through "Every cell" nothing is."""
     from app.link import Place, encode
     from tests.support import REAL, serving
 
     with serving("--no-warm", cache=tmp_path / "cache", program=REAL) as server:
         inside = "document.querySelector('#leanscope').firstElementChild.shadowRoot"
-        seen = []
+        seen, pixels = [], {}
         for pattern in ("window", "full"):
             knobs, _ = check(lesson.Turn, {"pattern": pattern, "tokens": 80})
             chromium_page.open(f"{server.url}/lesson/windows?s={encode(lesson.LESSON, Place(knobs, 1, 0))}")
@@ -87,8 +101,11 @@ def test_another_pattern_opens_other_cells(tmp_path, chromium_page):
             chromium_page.until(f"{inside}.querySelectorAll('[role=tabpanel] table tbody tr').length > 0", seconds=90)
             chromium_page.page.keyboard.press("End")
             chromium_page.until("leanscope.step === leanscope.steps - 1")
-            seen.append(
-                chromium_page.until(f"{inside}.querySelector('[data-view=counters] .number-value').textContent")
-            )
+            chromium_page.page.wait_for_timeout(300)
+            number = f"{inside}.querySelector('[data-view=counters] .number-value')"
+            seen.append(chromium_page.until(f"{number}.textContent"))
+            pixels[pattern] = chromium_page.page.evaluate(CORNER.replace("INSIDE", inside))
         opened, all_of_them = (int("".join(c for c in text if c.isdigit())) for text in seen)
         assert opened < all_of_them
+        assert pixels["window"][1] == pixels["full"][1], "an open cell looks alike in both"
+        assert pixels["window"][0] != pixels["full"][0], "a cell left out is greyed"
