@@ -26,6 +26,8 @@ export function createCursor(host, canvas, tip, grid, announce) {
     });
   };
 
+  const some = () => cell !== null && cell !== undefined; // a chart's first point is number 0
+
   const at = (event) => {
     const rect = canvas.getBoundingClientRect();
     return grid.find(event.clientX - rect.left, event.clientY - rect.top);
@@ -35,14 +37,14 @@ export function createCursor(host, canvas, tip, grid, announce) {
     pointer = { clientX: event.clientX, clientY: event.clientY };
     cell = at(event);
     mark();
-    canvas.style.cursor = cell ? "pointer" : "";
-    if (cell) tip.near(pointer, grid.lines(cell));
+    canvas.style.cursor = some() ? "pointer" : "";
+    if (some()) tip.near(pointer, grid.lines(cell));
     else tip.hide();
   };
 
   const refresh = () => {
     mark();
-    if (pointer && cell && grid.box(cell)) tip.near(pointer, grid.lines(cell));
+    if (pointer && some() && grid.box(cell)) tip.near(pointer, grid.lines(cell));
   };
 
   const leave = () => {
@@ -67,8 +69,8 @@ export function createCursor(host, canvas, tip, grid, announce) {
     if (event.key in ARROWS && !event.altKey && !event.ctrlKey && !event.metaKey) {
       cell = grid.move(cell, ...ARROWS[event.key]);
       mark();
-      if (cell) speak();
-    } else if (event.key === "Enter" && cell) {
+      if (some()) speak();
+    } else if (event.key === "Enter" && some()) {
       grid.open(cell);
     } else if (event.key === "Escape") {
       cell = null;
@@ -89,7 +91,7 @@ export function createCursor(host, canvas, tip, grid, announce) {
   canvas.addEventListener("click", (event) => {
     cell = at(event);
     mark();
-    if (cell) grid.open(cell);
+    if (some()) grid.open(cell);
   });
 
   return {

@@ -88,7 +88,7 @@ def test_a_larger_batch_moves_the_points_and_a_point_opens(server, chromium_page
     for _ in range(2):
         chromium_page.page.keyboard.press("ArrowRight")
     chromium_page.page.keyboard.press("Enter")
-    chromium_page.until(f"{INSIDE}.textContent.includes('reached of it')")
+    chromium_page.until(f"{INSIDE}.textContent.includes('reached of it')", seconds=60)
     chromium_page.page.keyboard.press("Escape")
     chromium_page.page.keyboard.press("End")
     chromium_page.until("leanscope.step === 2")
