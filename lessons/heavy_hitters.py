@@ -74,7 +74,7 @@ class Turn(Knobs):
     tokens = param.Integer(104, bounds=(96, 144), label="Prompt tokens", doc="About how many are read.")
     depth = param.Number(0.0, bounds=(0.0, 1.0), step=0.25, label="Where the key is told", doc="0: at the start.")
     steps = param.Integer(16, bounds=(6, 24), label="New tokens", doc="How many are written then.")
-    policy = param.Selector(
+    policy: param.Selector = param.Selector(
         default="h2o", objects={LABELS[name]: name for name in BOUNDED}, label="Look at", doc="Whose memory is drawn."
     )
     layer = param.Integer(12, bounds=(0, 29), label="Layer", doc="Which layer you look into.")

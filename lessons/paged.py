@@ -61,22 +61,26 @@ class Turn(Knobs):
     model = choice()
     prompt = param.String(PROMPT, label="First request", doc="What A begins with.")
     requests = param.Integer(6, bounds=(2, 8), label="Requests", doc="How many people ask.")
-    arrivals = param.Selector(default="queue", objects=dict(ARRIVALS), label="Arrivals", doc="When they come.")
+    arrivals: param.Selector = param.Selector(
+        default="queue", objects=dict(ARRIVALS), label="Arrivals", doc="When they come."
+    )
     copies = param.Integer(2, bounds=(1, 3), label="Answers to B", doc="More than one: it forks after its prompt.")
     shared = param.Boolean(False, label="Shared prompt", doc="The same instruction stands before every request.")
     steps = param.Integer(16, bounds=(4, 32), label="Longest answer", doc="Answers are half as long at least.")
     memory = param.Integer(64, bounds=(32, 128), step=16, label="Memory", doc="Slots in all.")
-    block = param.Selector(default=4, objects=[1, 2, 4, 8, 16], label="Block size", doc="Slots of one block.")
-    preempt = param.Selector(
+    block: param.Selector = param.Selector(
+        default=4, objects=[1, 2, 4, 8, 16], label="Block size", doc="Slots of one block."
+    )
+    preempt: param.Selector = param.Selector(
         default="recompute", objects={"read again later": "recompute", "swapped out": "swap"}, label="Sent away",
         doc="What becomes of a text for which no block is left.",
     )  # fmt: skip
     longest = param.Integer(32, bounds=(16, 64), label="Longest allowed", doc="What a reservation must be ready for.")
-    reserve = param.Selector(
+    reserve: param.Selector = param.Selector(
         default="max", objects={label: name for name, label in WAYS.items()}, label="Reserved",
         doc="How long a stretch is kept for each text.",
     )  # fmt: skip
-    evict = param.Selector(
+    evict: param.Selector = param.Selector(
         default="random", objects={"anywhere": "random", "the oldest": "oldest"}, label="Words dropped",
         doc="Which words the last text loses, one by one.",
     )  # fmt: skip
