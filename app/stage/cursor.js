@@ -16,7 +16,7 @@ export function createCursor(host, canvas, tip, grid, announce) {
   let pointer = null; // where the mouse rests, so that what is read out stays true while the picture moves
 
   const mark = () => {
-    const box = cell && grid.box(cell);
+    const box = some() && grid.box(cell);
     outline.hidden = !box;
     if (!box) return;
     Object.assign(outline.style, {
