@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ class Clock:
         """The same model with this clock at every operation: modules of its own, the weights shared."""
         shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         twin = copy.deepcopy(model, shared)
-        blocks = cast("list[Any]", list(twin.blocks))
+        blocks: list[Any] = list(twin.blocks)
         self._around("embedding", twin.embed)
         self._around("norms", twin.norm)
         for block in blocks:

@@ -350,9 +350,13 @@ NOTE = "counted, for one head"
 
 def _sweep(name: str, title: str) -> Tiles:
     sites = {"tile": "tile", "scores": "scores", "largest": "max", "total": "sum", "held": "sram", "width": "row"}
-    counted = {"moved": of("flash.moved", **MAIN), "whole_moved": of("flash.naive", **MAIN), "room": of(ROOM)}
-    peaks = {"peak": of(PEAK, way="tiles"), "whole_peak": of(PEAK, way="naive")}
-    main = {what: of(f"flash.{where}", **MAIN) for what, where in sites.items()}
+    counted: dict[str, Any] = {
+        "moved": of("flash.moved", **MAIN),
+        "whole_moved": of("flash.naive", **MAIN),
+        "room": of(ROOM),
+    }
+    peaks: dict[str, Any] = {"peak": of(PEAK, way="tiles"), "whole_peak": of(PEAK, way="naive")}
+    main: dict[str, Any] = {what: of(f"flash.{where}", **MAIN) for what, where in sites.items()}
     look: dict[str, Any] = {"tensor": of(MATRIX), "causal": of(CAUSAL, **MAIN), "row": knob("row"), "cell": share_cell}
     return Tiles(name=name, title=title, **main, **counted, **peaks, **look)
 

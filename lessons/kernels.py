@@ -33,7 +33,7 @@ def estimates(q: Any, k: Any, knobs: Any) -> Iterator[None]:
     scale = q.shape[-1] ** -0.25 * knobs.sharp
     x, y = q[-FEW:] * scale, k[-FEW:] * scale
     name = knobs.map if knobs.map in forms.FAVOR else "positive"
-    omega = forms.feature_map(name, q.shape[-1], count=knobs.features, orthogonal=knobs.orthogonal).omega
+    omega: Any = forms.feature_map(name, q.shape[-1], count=knobs.features, orthogonal=knobs.orthogonal).omega
     exact = softmax_kernel(x, y).numpy()
     made = running_estimates(x, y, omega, features=forms.FAVOR[name]).numpy()
     pairs = {"count": knobs.features, "draws": DRAWS}

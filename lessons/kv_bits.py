@@ -301,7 +301,7 @@ def code_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithm
     row, column, head = at["key"], at["width"], at["head"]
     layer = nearest(recording, "attention.k", knobs.layer)
     group, bits = recording.meta["group"], recording.meta["bits"]
-    where = {"layer": layer, "strategy": "channel"}
+    where: dict[str, Any] = {"layer": layer, "strategy": "channel"}
     code = int(recording.stack("kv_bits.key_codes", **where)[0, head, row, column])
     stored, lost = (recording.stack(f"kv_bits.{n}", **where)[0, head, :, column] for n in ("keys", "key_error"))
     back, error, first = float(stored[row]), float(lost[row]), row // group * group

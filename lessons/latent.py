@@ -362,7 +362,7 @@ def _growing(name: str, title: str, tensor: str) -> Curves:
 
 
 HERE = {"layer": knob("layer"), "form": "naive", "batch": 0}
-DRAWN = {"rows": "key", "columns": "width", "row_labels": "tokens"}
+DRAWN: dict[str, Any] = {"rows": "key", "columns": "width", "row_labels": "tokens"}
 SCENES = (
     Scene(
         "sketch",

@@ -58,7 +58,7 @@ def run(knobs: Turn) -> None:
     note(prompt_tokens=len(prompt), total_steps=2 * knobs.tokens + 1, first=pieces[0].strip())
     read_aloud(pieces)
     ids = list(prompt)
-    options = {"steps": knobs.tokens, "temperature": knobs.temperature, "seed": knobs.seed}
+    options: dict[str, Any] = {"steps": knobs.tokens, "temperature": knobs.temperature, "seed": knobs.seed}
     for token in generate(model, prompt, cache=Full(), **options):
         tap(CODES, np.zeros(len(ids), np.uint8), "token")
         read_aloud(tokenizer.pieces([token]))

@@ -50,7 +50,7 @@ class Turn(Knobs):
     model = choice()
     batch = param.Integer(32, bounds=(1, 64), label="Largest batch", doc="Texts at once: from 1, doubling up to this.")
     prompt = param.Integer(48, bounds=(8, 256), label="Prompt length", doc="Tokens read before, or all at once.")
-    dtype = param.Selector(
+    dtype: param.Selector = param.Selector(
         default="float32", objects=["float32", "bfloat16"], label="Number format", doc="4 or 2 bytes a weight."
     )
     device: param.Selector = param.Selector(

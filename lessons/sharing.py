@@ -150,8 +150,14 @@ def front(*labels: str, **view: Any) -> Plane:
         "origin": "toy",
         "height": 230,
     }
-    axes = {"x_label": "bytes a token", "y_label": "perplexity", "log_x": True, "x_format": ",.0f", "format": ".2f"}
-    return Plane(points=(points,), **(axes | shown | view))
+    axes: dict[str, Any] = {
+        "x_label": "bytes a token",
+        "y_label": "perplexity",
+        "log_x": True,
+        "x_format": ",.0f",
+        "format": ".2f",
+    }
+    return Plane(points=(points,), **{**axes, **shown, **view})
 
 
 # --- the calculator -----------------------------------------------------------------------------------------

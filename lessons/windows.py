@@ -115,7 +115,7 @@ def run(knobs: Turn) -> None:
     cells = np.zeros(2, np.int64)
     per_slot = 2 * shape.kv_heads * shape.head_width * next(model.parameters()).element_size()
     kinds = np.array([sizes(knobs.pattern, knobs, i) is None for i in range(top + 1)], np.int32)
-    both = (model, remixed(model, mixer(knobs.pattern, knobs, shape)))
+    both: Any = (model, remixed(model, mixer(knobs.pattern, knobs, shape)))
     counters = [[block.mixer.multiplications for block in one.blocks] for one in both]
     for t in range(T):
         read_aloud(pieces[t : t + 1])
