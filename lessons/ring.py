@@ -384,8 +384,8 @@ WHAT = ("computes", "receives", "sends")
 def _timeline(name: str, title: str, **where: Any) -> Timeline:
     how: dict[str, Any] = {"kinds": WHAT, "lanes": "device", "items": "block", "note": "coloured by whose block"}
     sites = {"tensor": SPANS, "now": NOW, "end": END, "simulated": SIMULATED}
-    drawn: dict[str, Any] = {what: of(name, **where) for what, name in sites.items()}
-    return Timeline(name=name, title=title, **how, **drawn)
+    how |= {what: of(site, **where) for what, site in sites.items()}
+    return Timeline(name=name, title=title, **how)
 
 
 def _idle(title: str, layout: str) -> Bars:
