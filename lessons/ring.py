@@ -383,9 +383,8 @@ WHAT = ("computes", "receives", "sends")
 
 def _timeline(name: str, title: str, **where: Any) -> Timeline:
     how: dict[str, Any] = {"kinds": WHAT, "lanes": "device", "items": "block", "note": "coloured by whose block"}
-    sites = {"tensor": SPANS, "now": NOW, "end": END, "simulated": SIMULATED}
-    how |= {what: of(site, **where) for what, site in sites.items()}
-    return Timeline(name=name, title=title, **how)
+    spans, now, end, simulated = (of(site, **where) for site in (SPANS, NOW, END, SIMULATED))
+    return Timeline(name=name, title=title, tensor=spans, now=now, end=end, simulated=simulated, **how)
 
 
 def _idle(title: str, layout: str) -> Bars:
