@@ -171,7 +171,7 @@ def facts(recording: Recording) -> dict[str, Any]:
         "trap": meta["tiles"],
         "trap_end": recording.steps - 1,
         "guarded": float(recording.stack("flash.sum", sweep="right")[-1, 0]),
-        "bare": "NaN" if np.isnan(bare[-1]) else f"{bare[-1]:.2f}",
+        "bare": "not a number" if np.isnan(bare[-1]) else f"{bare[-1]:.2f}",
     }
 
 

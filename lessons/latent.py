@@ -292,7 +292,7 @@ BEATS = (
         "matter and lets go of the rest.", scene="why", step="last", focus="kept",
     ),
     Beat(
-        "Redrawing everything for each new token is slow. But q · (W c) is (Wᵀ q) · c: carry the **query** over to the "
+        "Redrawing everything for each new token is slow. But q · (W c) is (q W) · c: carry the **query** over to the "
         "sketches, once. Switch the **form**: the rows go dim, nothing is redrawn, and results differ by "
         "{difference:.0e} at most.", scene="sketch", step="read", do=Do("Carry the query over", knob="form"),
     ),

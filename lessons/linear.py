@@ -41,8 +41,8 @@ ELU, POSITIVE, TRIGONOMETRIC, NONE = MAPS.values()
 RECALL = {TOY: ("softmax", "ink"), "linear": ("linear", "recent"), "performer": ("Performer", "recomputed"),
           "retnet": ("RetNet", "alarm")}  # fmt: skip
 GREW_UP = {ELU: "linear", POSITIVE: "performer", TRIGONOMETRIC: "performer", NONE: "retnet"}  # in the zoo
-STATE = site("linear.matrix", "the matrix that holds the whole past: the sum of φ(k) vᵀ, fading with γ", symbol="S")
-WRITE = site("linear.write", "what this token writes into it", symbol="φ(k) vᵀ")
+STATE = site("linear.matrix", "the matrix that holds the whole past: the sum of φ(k) v, fading with γ", symbol="S")
+WRITE = site("linear.write", "what this token writes into it", symbol="φ(k) v")
 IMPLIED = site("linear.implied", "the attention that the matrix implies, never written down",
                symbol="φ(q)·φ(k) γⁿ⁻ᵐ / sum", grows="query")  # fmt: skip
 SOFT = site("linear.soft", "what softmax pays, with the same queries and keys", symbol="softmax(q·k/√d)",

@@ -27,7 +27,7 @@ export function blocks(host, spec, context) {
   const { store } = context;
   const said = make("div", { class: "blocks-said" });
   const picture = draw("svg", { role: "img", class: "blocks" });
-  const list = make("div", { class: "blocks-focus", role: "listbox", tabindex: context.bare ? null : 0, "aria-label": `${spec.title}: texts` }, picture);
+  const list = make("div", { class: "blocks-focus", role: "group", tabindex: context.bare ? null : 0, "aria-label": `${spec.title}: texts` }, picture);
   host.append(context.bare ? "" : said, list);
   let step = 0;
   let key = "";

@@ -125,7 +125,8 @@ export function lessonPage({ root, model, places, theme }) {
   let drawnRun = "";
   let placed = -1;
   player.listen(({ step, redraw }) => {
-    if (redraw && scenes.draw(step)) {
+    // Where nothing stands at this step yet, a picture of the whole run is as ready as it will be.
+    if (redraw && (scenes.draw(step) || scenes.whole)) {
       drawn = true;
       drawnRun = scenes.store.run;
     }

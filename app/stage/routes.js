@@ -15,7 +15,7 @@ export function routes(host, spec, context) {
   const wires = draw("g", { class: "routes-wires" });
   const nodes = draw("g", { class: "routes-nodes" });
   const picture = draw("svg", { role: "img", class: "routes" }, wires, nodes);
-  const list = make("div", { class: "routes-focus", role: "listbox", tabindex: 0, "aria-label": `${spec.left}s` }, picture);
+  const list = make("div", { class: "routes-focus", role: "group", tabindex: 0, "aria-label": `${spec.left}s` }, picture);
   host.append(list);
   const lines = new Map(); // "from to" -> {element, ends}
   let layout = null;

@@ -128,6 +128,10 @@ export function createScene(stage, base, hooks) {
     get store() {
       return current ? current.store : null;
     },
+    /** Whether all that the run has for this scene is here. */
+    get whole() {
+      return Boolean(current && current.store.steps > 0 && current.store.steps >= current.store.total);
+    },
     get pending() {
       return next ? next.store : current ? current.store : null;
     },

@@ -187,10 +187,11 @@ def test_measure_is_cross_entropy_and_counts_only_answers():
 def test_train_to_assets_writes_weights_and_manifest(tmp_path, monkeypatch):
     monkeypatch.setitem(zoo.RECIPES, "tiny", RECIPE)
     (tmp_path / "zoo").mkdir()
-    (tmp_path / "zoo" / "manifest.json").write_text('{"other": {"recipe": "other"}}')
+    (tmp_path / "zoo" / "manifest.json").write_text(json.dumps({"other": ZOO["toy"]}))
     entry = train.train_to_assets("tiny", folder=tmp_path / "zoo", work=tmp_path / "work")
     entries = json.loads((tmp_path / "zoo" / "manifest.json").read_text())
-    assert entries == {"other": {"recipe": "other"}, "tiny": entry}
+    assert entries == {"other": ZOO["toy"], "tiny": entry}
+    assert "`tiny`" in (tmp_path / "zoo" / "README.md").read_text()
     path = tmp_path / "zoo" / "tiny.safetensors"
     assert entry["sha256"] == sha256(path)
     assert entry["bytes"] == path.stat().st_size

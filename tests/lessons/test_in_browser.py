@@ -119,14 +119,14 @@ def test_a_cells_arithmetic_has_the_runs_numbers(server: Server, chromium_page: 
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_a_shared_link_opens_the_same_place(server: Server, chromium_page: Watched, slug: str) -> None:
-    open_done(chromium_page, address(server, slug, beat=1, step=5))
-    assert chromium_page.page.evaluate("leanscope.step") == 5
+    open_done(chromium_page, address(server, slug, beat=1, step=2))
+    assert chromium_page.page.evaluate("leanscope.step") == 2
     chromium_page.page.keyboard.press(".")
-    chromium_page.until("leanscope.step === 6 && location.search.includes('s=')")
+    chromium_page.until("leanscope.step === 3 && location.search.includes('s=')")
     chromium_page.page.wait_for_timeout(600)
     url = chromium_page.page.url
     open_done(chromium_page, url)
-    chromium_page.until("leanscope.step === 6")
+    chromium_page.until("leanscope.step === 3")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
