@@ -122,8 +122,9 @@ def _rings(q: Any, k: Any, v: Any, knobs: Turn) -> dict[str, Answer]:
 
     def progress(stage: str, done: int, total: int) -> None:
         nonlocal up
-        if stage == "starting" and total and knobs.ranks - total + done > up:
-            up = knobs.ranks - total + done
+        missing = {"waiting": knobs.ranks, "starting": total - done}.get(stage, 0)
+        if knobs.ranks - missing > up:  # those left from a run before are up at once
+            up = knobs.ranks - missing
             _starting(knobs.ranks, up)
         else:
             step(0)  # nothing new to see; a run that nobody watches any more ends here, and with it the processes

@@ -62,9 +62,8 @@ def test_a_lesson_is_played_to_its_end_by_keyboard(server: Server, chromium_page
         keyboard.press("Space")
         current = f"[...{INSIDE}.querySelectorAll('.dash')].findIndex((d) => d.getAttribute('aria-current') === 'step')"
         chromium_page.until(f"{current} === {n}")
-    last = chromium_page.page.evaluate("leanscope.steps - 1")
     keyboard.press("End")
-    chromium_page.until(f"leanscope.step === {last}")
+    chromium_page.until("leanscope.step === leanscope.steps - 1 && leanscope.steps > 1", seconds=60)  # a beat may start a run
     keyboard.press("Home")
     chromium_page.until("leanscope.step === 0")
     keyboard.press(".")
