@@ -112,7 +112,7 @@ def run(knobs: Turn) -> None:
         tap(BARE, 1e3 * sum(total - behind for total, behind in way), "", **where)
     for frame in range(FRAMES):
         for (layout, clock), spans in lanes.items():
-            _show(answers[layout], spans, _end(spans) * frame / (FRAMES - 1), causal, layout=layout, clock=clock)
+            _show(answers[layout], spans, _end(spans) * (frame / (FRAMES - 1)), causal, layout=layout, clock=clock)
         step()
 
 
