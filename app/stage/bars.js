@@ -31,13 +31,8 @@ export function bars(host, spec, context) {
 
   /** The newest [name, value] pairs at the step. */
   const read = () => {
-    const track = store.of(spec.values);
-    const count = track ? track.countAt(step) : 0;
-    if (!count) return [];
-    const names = Array.isArray(spec.labels) ? null : store.of(spec.labels);
-    const named = names ? names.countAt(step) : 0;
-    const ids = named ? Array.from({ length: names.row(named - 1).size }, (_, i) => names.value(named - 1, i)) : null;
-    return Array.from({ length: track.row(count - 1).width }, (_, i) => [nameOf(i, ids), track.value(count - 1, i)]);
+    const ids = Array.isArray(spec.labels) ? null : store.newest(spec.labels, step);
+    return (store.newest(spec.values, step) || []).map((value, i) => [nameOf(i, ids), value]);
   };
 
   return {

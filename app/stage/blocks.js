@@ -3,7 +3,7 @@
  * slots hold; between them the arrows. What changed in a step is said in words, and set off in the picture.
  */
 import { draw, make, say } from "./dom.js";
-import { frameAt, hueOf, letterOf } from "./owners.js";
+import { hueOf, letterOf } from "./owners.js";
 import { visible } from "./text.js";
 
 const ROW_TALL = 28;
@@ -37,9 +37,9 @@ export function blocks(host, spec, context) {
   const word = (id) => (store.words.has(id) ? visible(store.words.get(id)) || "⏎" : id === -2 ? "·" : "");
 
   const read = (at) => {
-    const tables = frameAt(store, spec.tensor, at);
-    const [states, families, refs, free] = [spec.states, spec.families, spec.refs, spec.free].map((t) => frameAt(store, t, at)?.[0]);
-    const [slots, tokens] = [frameAt(store, spec.slots, at), frameAt(store, spec.tokens, at)];
+    const tables = store.frame(spec.tensor, at);
+    const [states, families, refs, free] = [spec.states, spec.families, spec.refs, spec.free].map((t) => store.frame(t, at)?.[0]);
+    const [slots, tokens] = [store.frame(spec.slots, at), store.frame(spec.tokens, at)];
     if (!tables || !states || !refs || !slots || !tokens) return null;
     const texts = tables.map((row, i) => {
       const end = row.indexOf(-2);

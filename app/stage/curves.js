@@ -26,11 +26,8 @@ export function curves(host, spec, context) {
     const track = store.of(line.tensor);
     if (!track) return [];
     if (spec.across) {
-      const count = track.countAt(step);
-      if (!count) return [];
-      const xs = line.x ? store.of(line.x) : null;
-      const width = track.row(count - 1).width;
-      return Array.from({ length: width }, (_, i) => ({ x: xs ? xs.value(Math.max(0, xs.countAt(step) - 1), i) : i, y: track.value(count - 1, i), at: -1 }));
+      const xs = store.newest(line.x, step);
+      return (store.newest(line.tensor, step) || []).map((y, i) => ({ x: xs ? xs[i] : i, y, at: -1 }));
     }
     const xs = line.x ? store.of(line.x) : null;
     const all = [];

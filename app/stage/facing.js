@@ -28,15 +28,9 @@ export function facing(host, spec, context) {
     return rows[n];
   };
 
-  const values = (tensor) => {
-    const track = store.of(tensor);
-    const count = track ? track.countAt(step) : 0;
-    return count ? Array.from({ length: track.row(count - 1).width }, (_, i) => track.value(count - 1, i)) : [];
-  };
-
   const read = () => {
-    const rights = values(spec.right);
-    return values(spec.left).map((left, i) => ({ name: spec.labels[i] ?? String(i), left, right: rights[i] ?? 0 }));
+    const rights = store.newest(spec.right, step) || [];
+    return (store.newest(spec.left, step) || []).map((left, i) => ({ name: spec.labels[i] ?? String(i), left, right: rights[i] ?? 0 }));
   };
 
   const sentence = ({ name, left, right }) =>

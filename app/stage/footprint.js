@@ -34,25 +34,13 @@ export function footprint(host, spec, context) {
     return strip;
   });
 
-  /** The newest row of a tensor at the step, or null. */
-  const newest = (tensor, now) => {
-    const track = tensor ? store.of(tensor) : null;
-    const count = track ? track.countAt(now) : 0;
-    return count ? rowOf(track, count - 1) : null;
-  };
-
-  const rowOf = (track, r) => {
-    const { width, shape } = track.row(r);
-    return Array.from({ length: shape.length ? width : 1 }, (_, i) => track.value(r, i));
-  };
-
   const sum = (values) => values.reduce((a, b) => a + b, 0);
 
   /** The longest strip of the whole run, past and to come: one scale, so that lengths compare. */
   const longest = () => {
     const all = spec.holdings.flatMap(({ parts }) => {
       const track = store.of(parts);
-      return track ? Array.from({ length: track.count }, (_, r) => sum(rowOf(track, r))) : [];
+      return track ? Array.from({ length: track.count }, (_, r) => sum(track.numbers(r))) : [];
     });
     return Math.max(1e-9, ...all);
   };
@@ -85,11 +73,11 @@ export function footprint(host, spec, context) {
     step = now;
     if (!host.clientWidth) return false;
     const most = longest();
-    const grain = newest(spec.grain, now);
+    const grain = store.newest(spec.grain, now);
     return strips
       .map((strip) => {
-        strip.parts = newest(strip.holding.parts, now) || [];
-        strip.value = newest(strip.holding.figure, now);
+        strip.parts = store.newest(strip.holding.parts, now) || [];
+        strip.value = store.newest(strip.holding.figure, now);
         strip.row.classList.toggle("coming", !strip.parts.length);
         say(strip.total, strip.parts.length ? format(sum(strip.parts), ",.0f") : "…");
         say(strip.figure, strip.value && !Number.isNaN(strip.value[0]) ? format(strip.value[0], strip.holding.figure_format) : "…");

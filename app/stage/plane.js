@@ -30,9 +30,7 @@ export function plane(host, spec, context) {
     const count = track.countAt(step);
     const row = r === undefined ? count - 1 : r;
     if (row < 0 || row >= count) return [];
-    const { shape, width } = track.row(row);
-    const size = shape.length ? width : 1;
-    return Array.from({ length: size }, (_, i) => track.value(row, i));
+    return track.numbers(row);
   };
 
   const usable = ({ x, y }) => Number.isFinite(x) && Number.isFinite(y) && (!spec.log_x || x > 0) && (!spec.log || y > 0);

@@ -3,7 +3,7 @@
  * piece by piece in the colour of the device that finished it.
  */
 import { draw, make, say } from "./dom.js";
-import { frameAt, hueOf } from "./owners.js";
+import { hueOf } from "./owners.js";
 import { tagSimulated } from "./timeline.js";
 
 const DEVICE_WIDE = 104;
@@ -24,14 +24,14 @@ export function ringOfDevices(host, spec, context) {
   let now = null;
   let cell = null;
 
-  const row = (tensor) => frameAt(store, tensor, step)?.[0] ?? null;
+  const row = (tensor) => store.frame(tensor, step)?.[0] ?? null;
 
   const read = () => {
     const states = row(spec.state);
-    const chunks = frameAt(store, spec.chunks, step);
+    const chunks = store.frame(spec.chunks, step);
     if (!states || !chunks) return null;
     const [blocks, coming, shares] = [spec.block, spec.coming, spec.share].map(row);
-    const matrix = blocks ? frameAt(store, spec.tensor, step) : null;
+    const matrix = blocks ? store.frame(spec.tensor, step) : null;
     const devices = states.map((state, i) => ({
       i,
       state: blocks ? state : 0,

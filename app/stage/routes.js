@@ -26,32 +26,26 @@ export function routes(host, spec, context) {
 
   const still = () => context.bare || matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-  const row = (tensor) => {
-    const track = store.of(tensor);
-    const count = track ? track.countAt(step) : 0;
-    return count ? { track, r: count - 1, about: track.row(count - 1) } : null;
-  };
-
   /** {froms: [{label, weights: [[to, weight]]}], count}: what is to be drawn at the step. */
   const read = () => {
-    const now = row(spec.tensor);
+    const now = store.at(spec.tensor, step);
     if (!now) return null;
-    const { track, r, about } = now;
+    const { track, r } = now;
+    const about = track.row(r);
     const grows = Boolean(track.about.grows);
     const whole = track.axes.length === (grows ? 0 : 1);
-    const loads = spec.loads ? row(spec.loads) : null;
+    const load = store.newest(spec.loads, step);
     const rows = grows ? Math.min(spec.newest, r + 1) : about.shape[0];
     const first = grows ? r + 1 - rows : 0;
     const width = whole ? 1 : about.width;
-    const given = typeof spec.count === "number" ? spec.count : spec.count ? row(spec.count)?.track.scalarAt(step) : null;
+    const given = typeof spec.count === "number" ? spec.count : store.newest(spec.count, step)?.[0];
     const froms = Array.from({ length: rows }, (_, i) => {
       const values = Array.from({ length: width }, (_, j) => (grows ? track.value(first + i, j) : track.value(r, i * width + j)));
       const weights = whole ? [[Math.round(values[0]), 1]] : values.map((v, j) => [j, v]).filter(([, v]) => v > LEAST);
       return { label: leftLabel(first + i), weights, at: grows ? { [track.about.grows]: first + i } : { [track.axes[0]]: i } };
     });
     const reached = Math.max(0, ...froms.flatMap(({ weights }) => weights.map(([to]) => to + 1)));
-    const count = given ?? (whole ? Math.max(spec.right_labels.length, reached, loads ? loads.about.width : 0) : width);
-    const load = loads ? Array.from({ length: loads.about.width }, (_, j) => loads.track.value(loads.r, j)) : null;
+    const count = given ?? (whole ? Math.max(spec.right_labels.length, reached, load ? load.length : 0) : width);
     return { froms, count, load };
   };
 

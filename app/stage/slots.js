@@ -104,13 +104,7 @@ function createStrip(list, strip, spec, context) {
     return known;
   };
 
-  const codesAt = (step) => {
-    const track = store.of(strip.codes);
-    const count = track ? track.countAt(step) : 0;
-    if (!count) return null;
-    const { data, offset, width } = track.row(count - 1);
-    return data.subarray(offset, offset + width);
-  };
+  const codesAt = (step) => store.sent(strip.codes, step);
 
   const counts = (step) => {
     const found = new Array(spec.states.length).fill(0);

@@ -17,13 +17,7 @@ export function stack(host, spec, context) {
   let key = "";
   let layers = [];
 
-  const row = (tensor) => {
-    const track = tensor ? store.of(tensor) : null;
-    const count = track ? track.countAt(step) : 0;
-    if (!count) return null;
-    const { width } = track.row(count - 1);
-    return Array.from({ length: width }, (_, i) => track.value(count - 1, i));
-  };
+  const row = (tensor) => store.newest(tensor, step);
 
   const read = () => {
     const codes = row(spec.codes);

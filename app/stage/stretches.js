@@ -3,7 +3,7 @@
  * same texts in blocks, where only the last block of each has empty slots.
  */
 import { draw, make } from "./dom.js";
-import { frameAt, hueOf, letterOf } from "./owners.js";
+import { hueOf, letterOf } from "./owners.js";
 
 const CELL_LEAST = 10;
 const CELL_MOST = 18;
@@ -29,11 +29,11 @@ export function stretches(host, spec, context) {
   let now = null;
 
   const read = () => {
-    const rows = frameAt(store, spec.tensor, step);
+    const rows = store.frame(spec.tensor, step);
     const slots = store.of(spec.slots)?.scalarAt(step);
     if (!rows || !slots) return null;
-    const families = frameAt(store, spec.families, step)?.[0] || [];
-    const states = frameAt(store, spec.states, step)?.[0] || [];
+    const families = store.frame(spec.families, step)?.[0] || [];
+    const states = store.frame(spec.states, step)?.[0] || [];
     const held = rows.filter(([, length]) => length).map(([start, length, tokens, last, owner]) => ({ start, length, tokens, last, owner, name: letterOf(families, owner) }));
     const name = (owner) => letterOf(families, owner);
     const waits = states.flatMap((state, owner) => (state === 1 || state === 3 ? [name(owner)] : []));
@@ -42,8 +42,8 @@ export function stretches(host, spec, context) {
 
   /** Slot by slot, the texts whose block it is in, and whether it holds a word; null where no tables are given. */
   const inBlocks = (name) => {
-    const tables = spec.tables ? frameAt(store, spec.tables, step) : null;
-    const codes = spec.codes ? frameAt(store, spec.codes, step) : null;
+    const tables = spec.tables ? store.frame(spec.tables, step) : null;
+    const codes = spec.codes ? store.frame(spec.codes, step) : null;
     if (!tables || !codes) return null;
     const owners = codes.map((_, b) => tables.flatMap((row, i) => (row.includes(b) ? [i] : [])));
     return { size: codes[0].length, name, slots: codes.flatMap((row, b) => row.map((code) => ({ owners: owners[b], held: code === 1 }))) };

@@ -3,7 +3,7 @@
  * somebody waits for it. What is past is firm, what is to come faint.
  */
 import { draw, make, say } from "./dom.js";
-import { frameAt, hueOf } from "./owners.js";
+import { hueOf } from "./owners.js";
 import { short } from "./text.js";
 
 const WORK_TALL = 17;
@@ -45,7 +45,7 @@ export function timeline(host, spec, context) {
   let chosen = -1;
 
   const read = () => {
-    const rows = frameAt(store, spec.tensor, step);
+    const rows = store.frame(spec.tensor, step);
     return rows ? rows.map(([lane, kind, item, begin, end], n) => ({ n, lane, kind, item, begin, end })) : [];
   };
 

@@ -44,13 +44,7 @@ export function tokens(host, spec, context) {
     ];
   };
 
-  const codesAt = (now) => {
-    const track = spec.codes ? store.of(spec.codes) : null;
-    const count = track ? track.countAt(now) : 0;
-    if (!count) return null;
-    const { data, offset, width } = track.row(count - 1);
-    return data.subarray(offset, offset + width);
-  };
+  const codesAt = (now) => store.sent(spec.codes, now);
 
   const valueOf = (n) => {
     const track = spec.value ? store.of(spec.value) : null;

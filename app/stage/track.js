@@ -103,6 +103,14 @@ export class Track {
     return row.coded ? row.lo + (row.hi - row.lo) * (raw / 255) ** this.about.power : raw;
   }
 
+  /** Row r as numbers, as many as its last axis has in use; of a matrix, those of its row `i`. A scalar is one number. */
+  numbers(r, i = 0) {
+    const { shape, width } = this.row(r);
+    if (!shape.length) return [this.value(r, 0)];
+    const from = i * shape[shape.length - 1];
+    return Array.from({ length: width }, (_, j) => this.value(r, from + j));
+  }
+
   /** A row of a scalar track. */
   scalar(r) {
     return this.value(r, 0);
@@ -207,6 +215,35 @@ export class Store {
   of(tensor) {
     const track = tensor && tensor.track ? this.tracks.get(tensor.track) : null;
     return track && track.count ? track : null;
+  }
+
+  /** The newest row of a tensor at a step: {track, r}, or null while there is none. */
+  at(tensor, step) {
+    const track = this.of(tensor);
+    const count = track ? track.countAt(step) : 0;
+    return count ? { track, r: count - 1 } : null;
+  }
+
+  /** The newest row of a tensor at a step as numbers; null without one. */
+  newest(tensor, step) {
+    const found = this.at(tensor, step);
+    return found && found.track.numbers(found.r);
+  }
+
+  /** The newest frame of a tensor at a step: its numbers as rows (a single row where it has one axis); null without one. */
+  frame(tensor, step) {
+    const found = this.at(tensor, step);
+    if (!found) return null;
+    const { shape } = found.track.row(found.r);
+    return Array.from({ length: shape.length > 1 ? shape[0] : 1 }, (_, i) => found.track.numbers(found.r, i));
+  }
+
+  /** The newest row of a tensor at a step as it was sent (codes of states are plain numbers); null without one. */
+  sent(tensor, step) {
+    const found = this.at(tensor, step);
+    if (!found) return null;
+    const { data, offset, width } = found.track.row(found.r);
+    return data.subarray(offset, offset + width);
   }
 
   /** Steps still to come: pictures are laid out for the whole run from the start. */

@@ -209,7 +209,7 @@ def test_a_lesson_is_played_by_keyboard_alone(show):
     keyboard.press("Escape")
     assert page.locator(".cell-card").is_hidden()
     keyboard.press("t")
-    watched.until("document.querySelectorAll('.view-table')[0].querySelectorAll('tr').length > 30")
+    page.locator(".view-table").first.locator("tr").nth(30).wait_for()
     keyboard.press("t")
     keyboard.press("Space")
     assert page.locator(".dash[aria-current]").get_attribute("aria-label") == "Part 3 of 3"
