@@ -7,7 +7,8 @@ export function mark() {
   return draw("svg", { class: "mark", viewBox: "0 0 22 22", "aria-hidden": "true" }, bar(1, 2, 19, "sink"), bar(8.5, 7, 14, "recent"), bar(16, 12, 9, "query"));
 }
 
-export function createHeader({ lesson, home, models, theme, share, present }) {
+/** `more`: what a page offers besides, as [{label, title, act}]: one menu, so that the line stays short. */
+export function createHeader({ lesson, home, models, theme, share, present, more = [] }) {
   const themeButton = make("button", { type: "button", class: "plain-button theme-button" });
   const showTheme = () => {
     say(themeButton, { auto: "◐", light: "☀", dark: "☾" }[theme.choice]);
@@ -35,7 +36,7 @@ export function createHeader({ lesson, home, models, theme, share, present }) {
     make("a", { class: "brand", href: home || "/", "aria-label": "Leanscope, all lessons" }, mark(), make("span", {}, "Leanscope")),
     lesson ? crumbs(lesson) : make("span", { class: "grow" }),
     models ? models.element : null,
-    make("div", { class: "top-buttons" }, lesson ? shareButton : null, presentButton, themeButton),
+    make("div", { class: "top-buttons" }, lesson ? shareButton : null, presentButton, more.length ? moreMenu(more) : null, themeButton),
   );
 }
 
@@ -56,6 +57,21 @@ function crumbs(lesson) {
   const here = make("summary", {}, make("strong", {}, lesson.title || lesson.slug));
   const menu = items.length > 1 ? closing(make("details", { class: "menu" }, here, make("ul", {}, items))) : make("strong", {}, lesson.title || lesson.slug);
   return make("nav", { class: "crumbs grow", "aria-label": "Where you are" }, make("span", { class: "crumb-part" }, lesson.part), make("span", { class: "arrow", "aria-hidden": "true" }, "›"), menu);
+}
+
+function moreMenu(items) {
+  const summary = make("summary", { class: "plain-button" }, "More");
+  const menu = make("details", { class: "menu more" }, summary);
+  const row = ({ label, title, act }) => {
+    const chosen = () => {
+      menu.open = false;
+      summary.focus();
+      act();
+    };
+    return make("li", {}, make("button", { type: "button", title: title || "", on: { click: chosen } }, label));
+  };
+  menu.append(make("ul", {}, items.map(row)));
+  return closing(menu);
 }
 
 /** A menu that closes with Escape, and when the focus or a click goes elsewhere. */

@@ -94,7 +94,8 @@ export function lessonPage({ root, model, places, theme }) {
   const tabs = createTabs(send, player, lesson.footnote);
   const inbox = createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks });
   const present = presenting(root);
-  const header = createHeader({ lesson, home: places.home, models, theme, present, share: () => inbox.href || location.href });
+  const more = []; // what the header's menu offers: {label, title, act}
+  const header = createHeader({ lesson, home: places.home, models, theme, present, more, share: () => inbox.href || location.href });
   const skip = (event) => {
     event.preventDefault();
     beats.focus();
