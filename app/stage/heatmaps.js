@@ -21,7 +21,7 @@ export function heatmaps(host, spec, context) {
   host.append(wrap);
   let pen = null;
   let plan = null;
-  let drawn = { key: "", lines: 0, lit: 0, frame: -1 };
+  let drawn = { key: "", lines: 0, lit: 0, frame: "" };
   let step = 0;
   let chosen = typeof spec.focus === "number" ? spec.focus : 0;
 
@@ -51,7 +51,7 @@ export function heatmaps(host, spec, context) {
     pen.clearRect(0, 0, plan.width, plan.height);
     canvas.dataset.boxes = JSON.stringify(plan.boxes); // where cells are, for tests of pixels
     plan.boxes.forEach((box) => surround(scene(), box));
-    drawn = { key, lines: 0, lit: 0, frame: -1 };
+    drawn = { key, lines: 0, lit: 0, frame: "" };
   };
 
   /** Where nothing is (yet): as if it were the lowest value, where that is a bound of the quantity; else sunk. */
@@ -74,7 +74,7 @@ export function heatmaps(host, spec, context) {
     const lines = Math.min(matrix.linesAt(step), spec.veil && matrix.mode === "down" ? (veil ? veil.count : 0) : Infinity);
     const litTrack = spec.lit ? store.of(spec.lit) : null;
     const lit = litTrack ? litTrack.scalarAt(step) ?? 0 : 0;
-    const newest = matrix.mode === "frame" ? matrix.track.countAt(step) : -1;
+    const newest = matrix.mode === "frame" ? `${matrix.track.countAt(step)} ${veil ? veil.countAt(step) : 0}` : "";
     repaint(changed({ lines, lit, frame: newest }), lines, lit);
     drawn = { key, lines, lit, frame: newest };
     canvas.setAttribute("aria-label", describe());
@@ -140,8 +140,7 @@ export function heatmaps(host, spec, context) {
       const { symbol, unit } = matrix.track.about;
       const value = `${symbol ? `${symbol} ` : ""}${coded ? "≈" : "="} ${short(matrix.track.value(at.r, at.place))} ${unit || ""}`;
       const place = `${named(spec.rows, cell.i)} · ${named(spec.columns, cell.j)}`;
-      const veil = spec.veil ? store.of(spec.veil) : null;
-      const out = veil && cell.i < veil.count && veil.value(cell.i, cell.j) === 0;
+      const out = matrix.masked(cell, step);
       return [value.trim(), place, ...(matrix.facets > 1 ? [`${spec.facet} ${cell.facet}`] : []), ...(out ? ["left out by the mask"] : [])];
     },
     open(cell) {

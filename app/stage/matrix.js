@@ -95,7 +95,8 @@ export class Matrix {
       const row = this.track.row(this.mode === "frame" ? newest : line);
       const table = line < lit ? dim : bright;
       this.paintLine(line, row, this.shader(row, table, low, high));
-      if (veil && this.mode === "down" && line < veil.count) this.veilLine(line, row, veil.row(line), this.shader(row, closed, low, high));
+      const mask = veil && this.maskAt(veil, line, step);
+      if (mask) this.veilLine(line, row, mask, this.shader(row, closed, low, high));
     }
     if (this.mode === "across") this.pen.putImageData(this.image, 0, 0);
     else this.pen.putImageData(this.image, 0, 0, 0, from, this.sheet.width, to - from);
@@ -118,12 +119,28 @@ export class Matrix {
     }
   }
 
+  /** The mask of a line: its own row where lines grow, one of the newest frame where the whole stands; else null. */
+  maskAt(veil, line, step) {
+    if (this.mode === "down") return line < veil.count ? veil.row(line) : null;
+    const newest = veil.countAt(step) - 1;
+    if (this.mode !== "frame" || newest < 0) return null;
+    const frame = veil.row(newest);
+    return { ...frame, offset: frame.offset + line * frame.width };
+  }
+
+  /** Whether the mask leaves a cell out. */
+  masked({ i, j }, step) {
+    const veil = this.spec.veil ? this.store.of(this.spec.veil) : null;
+    const mask = veil && this.maskAt(veil, i, step);
+    return Boolean(mask) && j < mask.width && !mask.data[mask.offset + j];
+  }
+
   /** Paint the cells of a line anew that a mask leaves out. */
   veilLine(line, row, mask, shade) {
     const { places, width } = this.strides(row);
     const { pixels, columns, facets, sheet } = this;
     for (let facet = 0; facet < facets; facet += 1) {
-      const base = row.offset + facet * places.facet;
+      const base = row.offset + facet * places.facet + (this.mode === "frame" ? line * places.row : 0);
       const pixel = line * sheet.width + facet * columns;
       for (let j = 0; j < Math.min(width, columns, mask.width); j += 1) {
         if (!mask.data[mask.offset + j]) pixels[pixel + j] = shade(row.data[base + j * places.column]);
