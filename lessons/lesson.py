@@ -121,6 +121,8 @@ class Lesson:
     that only choose what is looked at: turning one draws again without running again. `bounded_by` ties a knob's
     upper end to a count of the run's model ({"layer": "layers"}: the slider ends at layers - 1). `facts` are measured
     numbers that beats and predictions use by name. `code` names what the Code tab shows ("engine.caches.sinks:Sinks").
+    `snapshots` are named settings of knobs that a page without an engine has besides those that its beats ask for
+    (`app/snapshots.py`): {"No sinks at all": {"sinks": 0}}.
     """
 
     slug: str
@@ -138,6 +140,7 @@ class Lesson:
     code: tuple[str, ...]
     looks: frozenset[str] = frozenset()
     bounded_by: Mapping[str, str] = field(default_factory=dict)
+    snapshots: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     facts: Callable[[Recording], dict[str, Any]] = _nothing
     marks: Callable[[Recording], list[Mark]] = _no_marks
     glossary: Mapping[str, str] = field(default_factory=dict)
@@ -162,6 +165,9 @@ class Lesson:
         unknown = self.looks - set(self.knobs.names())
         if unknown:
             raise ValueError(f"looks of {self.slug} names no knob: {sorted(unknown)}")
+        strange = {name for knobs in self.snapshots.values() for name in knobs} - set(self.knobs.names())
+        if strange:
+            raise ValueError(f"snapshots of {self.slug} names no knob: {sorted(strange)}")
 
     def run_values(self, knobs: Knobs) -> dict[str, Any]:
         """The knobs that decide what is computed: a run's identity."""
