@@ -9,11 +9,14 @@ from typing import Any
 
 import param
 
+from lessons.cells import COLUMNS, MOST, ROWS, Matrix, tidy
+
 TEXT_LIMIT = 4000  # characters a prompt may have
 
 
 class Knobs(param.Parameterized):
-    """Base of every lesson's knobs. Give each parameter a `label` and a `doc`; `param.String` is a text box."""
+    """Base of every lesson's knobs. Give each parameter a `label` and a `doc`; `param.String` is a text box,
+    `Matrix` (cells.py) numbers in rows and columns."""
 
     def values(self) -> dict[str, Any]:
         """Name to plain value, in the order of declaration."""
@@ -77,8 +80,15 @@ def _fit(p: param.Parameter, value: Any) -> Any:
             raise ValueError(f"{label} has {len(value):,} characters; at most {TEXT_LIMIT:,} fit.")
         if any(ord(c) < 32 and c not in "\n\t\r" for c in value) or any(0xD800 <= ord(c) <= 0xDFFF for c in value):
             raise ValueError(f"{label} holds control characters; plain text is expected.")
-        return value
+        return _fit_matrix(value, label) if isinstance(p, Matrix) else value
     raise TypeError(f"knob {p.name!r} is a {type(p).__name__}: use Boolean, Integer, Number, Selector or String")
+
+
+def _fit_matrix(value: str, label: str) -> str:
+    try:
+        return tidy(value)
+    except ValueError as problem:
+        raise ValueError(f"{label}: {problem}") from None
 
 
 def _fit_number(p: param.Number, value: Any, label: str) -> int | float:
@@ -124,6 +134,8 @@ def _describe(p: Any) -> dict[str, Any]:
         low, high = typing.cast("tuple[Any, Any]", p.bounds)
         whole = isinstance(p, param.Integer)
         spec |= {"kind": "slider", "low": low, "high": high, "step": p.step or (1 if whole else (high - low) / 100)}
+    elif isinstance(p, Matrix):
+        spec |= {"kind": "matrix", "rows": ROWS, "columns": COLUMNS, "most": MOST}
     else:
         spec |= {"kind": "text", "limit": TEXT_LIMIT}
     return spec

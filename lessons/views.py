@@ -375,6 +375,32 @@ class Timeline(View):
 
 
 @dataclass(frozen=True)
+class Grid(View):
+    """A small matrix on its way to fewer bits: its cells, their codes, what the codes give back and the error, side by
+    side at the same places; and the number line, where each value falls onto the level that stands for it. Levels are
+    given as such, or follow from scale, zero point and the first and last code of an even grid."""
+
+    kind: ClassVar[str] = "grid"
+    tensor: Of  # [row, column]: the values; `cell` opens one of them
+    codes: Of | None = None  # whole numbers [row, column]
+    back: Of | None = None  # [row, column]
+    error: Of | None = None  # [row, column]
+    levels: Of | None = None  # [block, level], rising
+    ends: Of | None = None  # [2]: the first and the last code
+    scale: Of | None = None  # [block]
+    zero: Of | None = None  # [block]
+    block: Of | None = None  # whole numbers [row, column]: the block of each cell, a row of `levels` or `scale`
+    seen: Of | None = None  # how many values are through, row by row; all of them without it
+    edit: knob | None = None  # the `Matrix` knob whose cells these are: a click brings the caret there
+    editable: Of | None = None  # not 0 where the matrix shown is that knob's
+    pick: knob | None = None  # a click turns this knob to the cell's number, as text
+    labels: tuple[str, ...] = ("values", "codes", "given back", "size of the error")
+    block_word: str = "block"
+    line: bool = True  # the number line below
+    cell: Cell | None = None
+
+
+@dataclass(frozen=True)
 class Field:
     """One entry of a Calculator."""
 

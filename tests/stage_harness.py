@@ -18,11 +18,17 @@ from typing import Any
 
 import numpy as np
 import param
+import torch
 
 from app.picture import Feed
 from app.stage import FOLDER, bundle
 from engine.caches.blocks import Tables
+from engine.quant.affine import Grid as Quantiser
+from engine.quant.affine import quantise
+from engine.quant.kmeans import Codebook, kmeans
 from engine.recording import Recording, event, note, record, site, step, tap
+from lessons import microscope
+from lessons.cells import LECTURE, Matrix, numbers
 from lessons.knobs import Knobs
 from lessons.lesson import PARTS, Beat, Do, Predict, Scene
 from lessons.views import (
@@ -456,6 +462,45 @@ CLAIMS = [
     ("Dense fails on long text", "T = 320 ≤ 8192 trained", "5641", "17.0", "untestable"),
 ]  # fmt: skip
 
+class GridKnobs(Knobs):
+    matrix = Matrix(LECTURE, label="Matrix")
+    bits = param.Integer(2, bounds=(1, 8), label="Bits")
+
+
+def grid_recording() -> Recording:
+    """The lecture's matrix on an even grid of two bits, value by value; and rows with a codebook each."""
+    rows = torch.tensor(numbers(LECTURE), dtype=torch.float64)
+    with record() as recorder:
+        note(model={"name": "the lecture’s matrix", "kind": "toy"})
+        done = quantise(rows, Quantiser(2, symmetric=False))
+        book = kmeans_quietly(torch.randn(12, 24, generator=torch.Generator().manual_seed(1)).double())
+        microscope.look_at_affine(rows, done, method="linear")
+        microscope.look_at_codebook(*book, method="k-means")
+        microscope.count_of(done, method="linear")
+        microscope.walk(rows, done.reconstruct(), method="linear")
+    return recorder.freeze()
+
+
+def kmeans_quietly(x: torch.Tensor) -> tuple[torch.Tensor, Codebook]:
+    with record(keep={}):
+        return x, kmeans(x, bits=3, granularity="channel")
+
+
+GRID_SCENE = Scene(
+    "grid",
+    (
+        microscope.grid_view(
+            title="The matrix in two bits", levels=False, edit="matrix", index={"method": "linear"},
+            labels=("weights", "codes", "given back", "size of the error"),
+        ),
+        microscope.grid_view(
+            name="rows", title="A codebook a row", levels=True, walked=False, index={"method": "k-means"}, span=8,
+            block_word="row",
+        ),
+        microscope.bits_view(index={"method": "linear"}, span=4),
+    ),
+)  # fmt: skip
+
 PAGES: dict[str, dict[str, Any]] = {
     "sinks": {
         "make": sinks_recording,
@@ -509,6 +554,16 @@ PAGES: dict[str, dict[str, Any]] = {
         "looks": {"head"},
         "step_word": "token",
     },
+}
+
+PAGES["grid"] = PAGES["shared"] | {
+    "make": grid_recording,
+    "scene": GRID_SCENE,
+    "knobs": GridKnobs,
+    "beats": (Beat("A matrix, and its codes.", step=5), Beat("All through.", step=16)),
+    "question": "How few bits?",
+    "looks": set(),
+    "step_word": "value",
 }
 
 CELL = {

@@ -1,4 +1,5 @@
 /** The knobs: sliders, switches, choices and text, each labelled, with its error where the person looks. */
+import { matrixKnob } from "./cells.js";
 import { fill, make, say, throttled } from "./dom.js";
 import { format } from "./text.js";
 
@@ -30,7 +31,7 @@ export function createKnobs(specs, values, { send, turned }) {
   };
 
   for (const spec of specs) {
-    const make_ = { slider, switch: toggle, choice, text }[spec.kind];
+    const make_ = { slider, switch: toggle, choice, text, matrix: matrixKnob }[spec.kind];
     if (!make_) continue;
     const field = make_(spec, (value) => set(spec.name, value), values[spec.name]);
     field.error = make("div", { class: "field-error", id: `error-${spec.name}`, role: "alert", hidden: true });
@@ -44,6 +45,8 @@ export function createKnobs(specs, values, { send, turned }) {
   return {
     element,
     set,
+    /** Put the caret into a cell of a matrix. */
+    edit: (name, row, column) => fields.get(name)?.edit?.(row, column),
     /** A beat turns several at once: one message. */
     setAll(given) {
       const changed = Object.entries(given).filter(([name, value]) => name in values && values[name] !== value);

@@ -51,6 +51,7 @@ export function lessonPage({ root, model, places, theme }) {
       asks.cell(index, at);
       beats.opened(view.name);
     },
+    edit: (name, row, column) => knobs.edit(name, row, column),
     calculate: asks.calculate,
   });
 

@@ -9,6 +9,7 @@ import { curves } from "./curves.js";
 import { make } from "./dom.js";
 import { facing } from "./facing.js";
 import { footprint } from "./footprint.js";
+import { matrixAndLine } from "./grid.js";
 import { heatmaps } from "./heatmaps.js";
 import { numbers } from "./numbers.js";
 import { createPanel } from "./panel.js";
@@ -24,7 +25,7 @@ import { tokens } from "./tokens.js";
 import { Store } from "./track.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */
