@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.quant import copied, linears
-from engine.recording import event, recording_on, site, tap
+from engine.recording import recording_on, site, tap
 
 Masks = Mapping[str, Tensor]
 
@@ -28,6 +28,7 @@ KEPT = site("prune.kept", "the same corner after pruning", symbol="W ⊙ m")
 MASK = site("prune.mask", "which weights of the corner are kept", symbol="m", low=0.0, high=1.0)
 DENSITY = site("prune.density", f"the share kept in each cell of the whole mask, at most {CELLS} by {CELLS}",
                low=0.0, high=1.0)  # fmt: skip
+REVIVED = site("prune.revived", "pruned weights that a step of the optimiser left off zero", low=0.0)
 LAYER_SPARSITY = site("prune.sparsity", "the share of each layer's weights that is pruned, layers in their order",
                       low=0.0, high=1.0)  # fmt: skip
 
@@ -71,15 +72,17 @@ def enforce(model: nn.Module, masks: Masks) -> None:
         known[name].masked_fill_(~mask, 0.0)  # detached, so the storage is the parameter's own
 
 
-def holding(masks: Masks) -> Callable[[nn.Module], None]:
-    """What to call after each step of an optimiser: sets what it revived to zero again.
+def holding(masks: Masks, *, mask: bool = True) -> Callable[[nn.Module], None]:
+    """What to call after each step of an optimiser: sets what it revived to zero again, or without `mask` only counts.
 
-    The event prune.revived tells how many weights that were.
+    The tap prune.revived tells how many weights that were.
     """
 
     def hold(model: nn.Module) -> None:
-        event("prune.revived", weights=revived(model, masks))
-        enforce(model, masks)
+        if recording_on(REVIVED):
+            tap(REVIVED, revived(model, masks), "")
+        if mask:
+            enforce(model, masks)
 
     return hold
 

@@ -116,8 +116,8 @@ def draw(
             enforce(other, worn)
             train(other, holding(worn))
             found[name] = quality(other)
-        tap(SPARSITY, sparsity(masks), "")
         for name, value in found.items():
+            tap(SPARSITY, sparsity(masks), "", strategy=name)
             tap(QUALITY, value, "", strategy=name)
         step(label=f"round {number}")
         done.append(Round(number, masks, sparsity(masks), found))

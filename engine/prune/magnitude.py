@@ -15,6 +15,7 @@ prunes and retrains several times; `retrain` is one turn, to be repeated at will
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +80,24 @@ def thresholds(model: nn.Module, masks: Masks) -> dict[str, float]:
     return {name: _threshold(known[name].abs(), mask) for name, mask in masks.items()}
 
 
-def retrain(model: Decoder, masks: Masks, recipe: Recipe, *, progress: Progress | None = None) -> Decoder:
+def retrain(
+    model: Decoder,
+    masks: Masks,
+    recipe: Recipe,
+    *,
+    hold: bool = True,
+    progress: Callable[[Decoder, int, int, float], None] | None = None,
+) -> Decoder:
     """A copy of `model`, pruned and trained by `recipe` with the pruned weights held at zero.
 
     Every step's revived weights are set to zero right after the optimiser, so that neither its moments nor its decay
-    can leave anything in them.
+    can leave anything in them; without `hold` they stay as it left them. `progress` is told the copy as it is now, the
+    steps done, all steps and the loss.
     """
     twin = copy.deepcopy(model)
     enforce(twin, masks)
-    train(twin, recipe, after=holding(masks), progress=progress)
+    tell: Progress | None = None if progress is None else lambda *figures: progress(twin, *figures)
+    train(twin, recipe, after=holding(masks, mask=hold), progress=tell)
     return twin
 
 

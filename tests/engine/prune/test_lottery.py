@@ -94,7 +94,7 @@ def test_dead_weights_that_a_survivor_equals_stay_dead():
 def test_taps_and_events_tell_the_story(rounds):
     done, shown = rounds
     assert shown.steps == 5
-    assert shown.stack("lottery.sparsity") == pytest.approx([one.sparsity for one in done])
+    assert shown.stack("lottery.sparsity", strategy="ticket") == pytest.approx([one.sparsity for one in done])
     assert shown.stack("lottery.quality", strategy="ticket") == pytest.approx([one.quality["ticket"] for one in done])
     assert len(shown.stack("lottery.quality", strategy="shuffled")) == 4
     assert [e.fields["round"] for e in shown.happened("lottery.rewound")] == [0, 1, 2, 3, 4]
