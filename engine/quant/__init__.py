@@ -8,7 +8,7 @@ in all the papers. `capture_inputs` keeps what each linear layer is given: pair 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,11 @@ from engine.recording import recording_on, site, tap
 INPUT = site("linear.input", "what a linear layer is given", symbol="X")
 
 Recipe = Callable[[str, nn.Linear], nn.Module]
+
+
+def as_matrix(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Numbers that somebody typed, as a float64 matrix."""
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -182,6 +182,27 @@ def number_line(form: Format) -> Tensor:
     return values[values.isfinite()].unique()
 
 
+def ends(form: Format) -> tuple[float, float, float]:
+    """The smallest value above zero, the smallest of full precision, and the largest finite one."""
+    if isinstance(form, Float):
+        codes = torch.tensor([1, 1 << form.mantissa_bits, form.top - 1])
+        least, normal, largest = form.decode(codes).tolist()
+        return least, normal, largest
+    above = [value for value in number_line(form).tolist() if value > 0]
+    return above[0], above[0], above[-1]
+
+
+def level_numbers(code: Tensor, form: Format) -> Tensor:
+    """How many steps of the format each code's value lies above zero (below: minus as many)."""
+    code = _coded(code, form)
+    if isinstance(form, Float):
+        size = code & (2 ** (form.bits - 1) - 1)
+        return torch.where(code >> (form.bits - 1) == 1, -size, size)
+    if isinstance(form, Integer):
+        return form.decode(code).long()
+    return code - form.levels.index(0.0)
+
+
 @dataclass(frozen=True)
 class Losses:
     """How many finite values of a tensor a format spoils: too large to hold, or rounded away to zero."""

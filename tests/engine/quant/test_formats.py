@@ -7,7 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.quant.formats import FORMATS, NF4_LEVELS, Float, bits_of, flip, losses, number_line, rounded
+from engine.quant.formats import (
+    FORMATS,
+    NF4_LEVELS,
+    Float,
+    bits_of,
+    ends,
+    flip,
+    level_numbers,
+    losses,
+    number_line,
+    rounded,
+)
 from engine.quant.nf4 import from_blocks, storage_bits, to_blocks
 from engine.recording import record
 
@@ -220,3 +231,22 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16),
+                                            ("fp8 e4m3fn", torch.float8_e4m3fn), ("fp8 e5m2", torch.float8_e5m2)])  # fmt: skip
+def test_the_ends_are_torch_s(name, dtype):
+    info = torch.finfo(dtype)
+    least, normal, largest = ends(FORMATS[name])
+    assert (normal, largest) == (info.smallest_normal, info.max)
+    assert least == info.smallest_normal * 2.0 ** -FORMATS[name].mantissa_bits
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.bits <= 16])
+def test_level_numbers_count_the_values_from_zero(name):
+    form = FORMATS[name]
+    values = number_line(form)
+    numbers = level_numbers(form.encode(values), form)
+    assert torch.equal(numbers, torch.arange(len(values)) - int((values < 0).sum()))
+    if not isinstance(form, Float):
+        assert ends(form) == (float(values[values > 0][0]), float(values[values > 0][0]), float(values[-1]))
