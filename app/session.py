@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from app import answers, link
+from app.ahead import Ahead
 from app.answers import STEPS, Message, notice, whole
 from app.picture import Feed, track_id
 from app.runs import Findings, Run, Runs, with_available_model
@@ -74,6 +75,8 @@ class Session:
         self._linked = link.encode(lesson, place)
         self._missing = ""  # the sentence about a model that is not here
         self._problem = runs.store.problem
+        self._ahead = Ahead(lesson, runs, self._status_of, self._later)
+        self._fetching = False  # the page asked for what its beats will show
         self._calls = CALLS
         self._called = time.monotonic()
         self._handlers: dict[str, Callable[[Mapping[str, Any]], None]] = {
@@ -89,6 +92,7 @@ class Session:
             "tensors": self._on_tensors,
             "tensor": self._on_tensor,
             "download": self._on_download,
+            "ahead": self._on_ahead,
             "ping": self._on_ping,
         }
 
@@ -103,6 +107,7 @@ class Session:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        self._ahead.stop()
         if self.run is not None:
             self._runs.leave(self.run, self._wake)
             self.run = None
@@ -205,6 +210,10 @@ class Session:
         else:
             self._later(functools.partial(answers.file, self.lesson.slug, what, run.recording, run.findings))
 
+    def _on_ahead(self, message: Mapping[str, Any]) -> None:
+        self._fetching = True
+        self._news.set()
+
     def _on_ping(self, message: Mapping[str, Any]) -> None:
         self._say({"type": "pong"})
 
@@ -282,6 +291,9 @@ class Session:
         if self._turned is not None:
             turned, self._turned = self._turned, None
             self._apply(turned)
+        if self._fetching:
+            self._fetching = False
+            self._ahead.fetch(self.knobs)
         messages, self._outbox = self._outbox, []
         jobs, self._jobs = self._jobs, []
         if self._problem != self._runs.store.problem:

@@ -115,6 +115,8 @@ export function createBeats(lesson, { player, knobs, values, light, showScene, t
         awaited = "";
       }
     },
+    /** What beats may name: knobs, whose run it is, and what was measured. */
+    known,
     focus: () => next.focus(),
     /** The learner took the player in hand: a step that is still awaited shall not pull it away. */
     taken() {

@@ -1,5 +1,6 @@
 /** From a matrix's sheet of pixels to the screen: copied where cells touch, drawn one by one where they stand apart. */
 import { css } from "./colours.js";
+import { ratio } from "./glass.js";
 
 /** Copy lines from..to of a facet. Unless cells are whole pixels, all of it: seams would show between strips. */
 export function blit({ pen, matrix, ground }, box, from, to, lines) {
@@ -43,6 +44,6 @@ export function tiles({ pen, matrix, spec, context }, box, lines) {
 }
 
 function isWhole(size) {
-  const device = size * (window.devicePixelRatio || 1);
+  const device = size * ratio();
   return Math.abs(device - Math.round(device)) < 1e-6;
 }

@@ -56,7 +56,7 @@ export function guessCard(predict, { answer, guesses, index }) {
 }
 
 /** The option nearest to the measured value; in proportion when all are positive, as people judge "twice as much". */
-function nearestOf(options, value) {
+export function nearestOf(options, value) {
   const positive = value > 0 && options.every((option) => option > 0);
   const far = (option) => Math.abs(positive ? Math.log(option / value) : option - value);
   return options.reduce((best, option) => (far(option) < far(best) ? option : best));

@@ -6,6 +6,7 @@
  * move(cell or null, rows, columns) -> cell; lines(cell) -> what the read-out says; open(cell) on click and Enter.
  */
 import { make } from "./dom.js";
+import { enlargement, within } from "./glass.js";
 
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
@@ -29,8 +30,8 @@ export function createCursor(host, canvas, tip, grid, announce) {
   const some = () => cell !== null && cell !== undefined; // a chart's first point is number 0
 
   const at = (event) => {
-    const rect = canvas.getBoundingClientRect();
-    return grid.find(event.clientX - rect.left, event.clientY - rect.top);
+    const { x, y } = within(event, canvas);
+    return grid.find(x, y);
   };
 
   const hover = (event) => {
@@ -62,7 +63,8 @@ export function createCursor(host, canvas, tip, grid, announce) {
     const lines = grid.lines(cell);
     announce(lines.join(", "));
     const rect = canvas.getBoundingClientRect();
-    tip.near({ clientX: rect.left + box.x + box.width, clientY: rect.top + box.y + box.height }, lines);
+    const by = enlargement();
+    tip.near({ clientX: rect.left + (box.x + box.width) * by, clientY: rect.top + (box.y + box.height) * by }, lines);
   };
 
   const press = (event) => {

@@ -4,6 +4,7 @@
  */
 import { axis, scaleOf } from "./axes.js";
 import { make, sized } from "./dom.js";
+import { ratio, within } from "./glass.js";
 import { format } from "./text.js";
 
 const PLOT_HEIGHT = 150;
@@ -90,33 +91,22 @@ export function curves(host, spec, context) {
     return false;
   };
 
-  /** Where the line that moved last stands. */
   const cursorX = () => {
-    const now = plot.lines.map((l) => newest(l.points, step)).filter(Boolean);
-    return now.length ? plot.x(now.reduce((a, b) => (b.at > a.at ? b : a)).x) : plot.margin.left;
-  };
-
-  /** Lines with an x of their own may be drawn one after another over the same stretch: each is cut at its own end. */
-  const paintEach = (pen) => {
-    pen.drawImage(faint, 0, 0, plot.width, plot.height);
-    for (const { line, points: list } of plot.lines) {
-      const past = list.filter((p) => p.at <= step);
-      if (past.length > 1) trace(pen, past, plot.x, plot.y, line, context.colours);
-    }
-    return marks(pen);
+    const first = plot.lines.find((l) => l.points.length);
+    const past = first.points.filter((p) => p.at <= step);
+    return past.length ? plot.x(past[past.length - 1].x) : plot.margin.left;
   };
 
   const paint = () => {
     const { width, height, margin, x, y } = plot;
     const pen = canvas.getContext("2d");
-    const ratio = window.devicePixelRatio || 1;
+    const scale = ratio();
     pen.clearRect(0, 0, width, height);
     if (!context.bare) axis(pen, { x, y, width, height, margin, spec, context });
     if (spec.across) return pen.drawImage(firm, 0, 0, width, height);
-    if (spec.lines.some((line) => line.x)) return paintEach(pen);
-    const cut = Math.round(cursorX() * ratio);
+    const cut = Math.round(cursorX() * scale);
     const copy = (layer, from, to) => {
-      if (to > from) pen.drawImage(layer, from, 0, to - from, layer.height, from / ratio, 0, (to - from) / ratio, height);
+      if (to > from) pen.drawImage(layer, from, 0, to - from, layer.height, from / scale, 0, (to - from) / scale, height);
     };
     copy(firm, 0, cut);
     copy(faint, cut, faint.width);
@@ -161,8 +151,7 @@ export function curves(host, spec, context) {
 
   canvas.addEventListener("pointermove", (event) => {
     if (!plot || context.bare) return;
-    const left = event.clientX - canvas.getBoundingClientRect().left;
-    const at = Math.round(plot.x.invert(left));
+    const at = Math.round(plot.x.invert(within(event, canvas).x));
     const read = values(at);
     if (read.length) context.tip.near(event, [`${spec.x_label || "step"} ${read[0].x}`, ...read.map((v) => `${v.label} ${v.text}`)]);
   });

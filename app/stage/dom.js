@@ -2,6 +2,7 @@
  * Making elements. The only way that this page makes them: text becomes text nodes, never markup, so that
  * a prompt, a token or a link cannot bring HTML with it.
  */
+import { ratio } from "./glass.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -41,9 +42,9 @@ export function say(element, text) {
 
 /** A canvas sized to device pixels for `width` by `height` CSS pixels; returns its context, scaled. */
 export function sized(canvas, width, height) {
-  const ratio = window.devicePixelRatio || 1;
-  const w = Math.max(1, Math.round(width * ratio));
-  const h = Math.max(1, Math.round(height * ratio));
+  const scale = ratio();
+  const w = Math.max(1, Math.round(width * scale));
+  const h = Math.max(1, Math.round(height * scale));
   if (canvas.width !== w || canvas.height !== h) {
     canvas.width = w;
     canvas.height = h;
@@ -51,7 +52,7 @@ export function sized(canvas, width, height) {
   canvas.style.width = `${width}px`;
   canvas.style.height = `${height}px`;
   const pen = canvas.getContext("2d");
-  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.setTransform(scale, 0, 0, scale, 0, 0);
   return pen;
 }
 

@@ -2,6 +2,7 @@
  * Where each matrix of a heatmap stands: alone, one large and the others beside it, or all alike in a grid.
  * Plain geometry: numbers in, boxes out.
  */
+import { ratio } from "./glass.js";
 
 const GAP = 12;
 const NAME = 15; // room for a small one's name
@@ -27,9 +28,9 @@ function allOf(count) {
 
 /** A cell's size: whole device pixels, so that all are alike, unless that would leave much of the room empty. */
 function whole(size, most = Infinity) {
-  const ratio = window.devicePixelRatio || 1;
+  const scale = ratio();
   const capped = Math.min(size, most);
-  const even = Math.floor(capped * ratio) / ratio;
+  const even = Math.floor(capped * scale) / scale;
   return even >= 0.88 * capped ? even : capped;
 }
 

@@ -3,6 +3,7 @@
  * what it was at its longest stays as the ground beneath it.
  */
 import { make, say } from "./dom.js";
+import { within } from "./glass.js";
 import { format } from "./text.js";
 
 const PART_GAP = 3; // pixels between two layers
@@ -63,7 +64,7 @@ export function footprint(host, spec, context) {
 
   const hover = (strip, event) => {
     if (!strip.parts.length) return;
-    const x = event.clientX - strip.ground.getBoundingClientRect().left;
+    const x = within(event, strip.ground).x;
     const i = [...strip.bar.children].findIndex((part) => x < part.offsetLeft - strip.bar.offsetLeft + part.offsetWidth + PART_GAP && part.offsetWidth);
     if (i < 0) context.tip.near(event, ["no longer kept", `${strip.holding.label} keeps ${format(sum(strip.parts), ",.0f")} ${spec.unit}`]);
     else context.tip.near(event, [`${format(strip.parts[i], ",.0f")} ${spec.unit}`, `layer ${i} of ${strip.holding.label}`]);

@@ -7,8 +7,8 @@ export function mark() {
   return draw("svg", { class: "mark", viewBox: "0 0 22 22", "aria-hidden": "true" }, bar(1, 2, 19, "sink"), bar(8.5, 7, 14, "recent"), bar(16, 12, 9, "query"));
 }
 
-/** `more`: what a page offers besides, as [{label, title, act}]: one menu, so that the line stays short. */
-export function createHeader({ lesson, home, models, theme, share, present, more = [] }) {
+/** `tools`: what whoever presents has at hand. `more`: what a page offers besides, as [{label, title, act}]: one menu, so that the line stays short. */
+export function createHeader({ lesson, home, models, theme, share, present, tools = null, more = [] }) {
   const themeButton = make("button", { type: "button", class: "plain-button theme-button" });
   const showTheme = () => {
     say(themeButton, { auto: "◐", light: "☀", dark: "☾" }[theme.choice]);
@@ -28,7 +28,8 @@ export function createHeader({ lesson, home, models, theme, share, present, more
   });
   const presentButton = present && make("button", { type: "button", class: "plain-button present-button", "aria-pressed": String(present.on()) }, "Present");
   if (present) {
-    presentButton.addEventListener("click", () => presentButton.setAttribute("aria-pressed", String(present.toggle())));
+    presentButton.addEventListener("click", () => present.toggle());
+    present.listen(() => presentButton.setAttribute("aria-pressed", String(present.on())));
   }
   return make(
     "header",
@@ -36,6 +37,7 @@ export function createHeader({ lesson, home, models, theme, share, present, more
     make("a", { class: "brand", href: home || "/", "aria-label": "Leanscope, all lessons" }, mark(), make("span", {}, "Leanscope")),
     lesson ? crumbs(lesson) : make("span", { class: "grow" }),
     models ? models.element : null,
+    tools,
     make("div", { class: "top-buttons" }, lesson ? shareButton : null, presentButton, more.length ? moreMenu(more) : null, themeButton),
   );
 }

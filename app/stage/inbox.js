@@ -5,7 +5,7 @@ const STALE = 300; // milliseconds that the last run's facts stand while a new o
 const OVER = ["done", "stopped", "cancelled", "failed"];
 
 /** Returns take(message), with `href`: the link to this very place, once the server has told it. */
-export function createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks }) {
+export function createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks, reel, wanted }) {
   let newest = ""; // the run that the server spoke of last
   let run = null;
   let forget = 0;
@@ -35,7 +35,12 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
   const handlers = {
     picture(message) {
       renew(message.run);
-      scenes.picture(message);
+      const live = scenes.pending;
+      if (live && live.run === message.run && wanted() && message.scene !== wanted()) {
+        live.describe(message.tracks); // the page went on to another scene meanwhile, and shows it already
+        return;
+      }
+      scenes.picture(message, reel.store(message.run));
       beats.given({ name: message.model?.name });
       knobs.bound(message.model || {});
       grow();
@@ -49,8 +54,7 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
       player.redraw();
     },
     words(message) {
-      const store = storeOf(message);
-      for (const [token, text] of Object.entries(message.words)) store?.words.set(Number(token), text);
+      storeOf(message)?.learn(message);
       player.redraw();
     },
     run(message) {
@@ -86,7 +90,7 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
   };
 
   return {
-    take: (message) => handlers[message.type]?.(message),
+    take: (message) => ("ahead" in message ? reel.take(message) : handlers[message.type]?.(message)),
     get href() {
       return href;
     },

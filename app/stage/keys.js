@@ -4,7 +4,7 @@ const TYPING = new Set(["text", "search", "number", "email", "url", "password"])
 
 /** Which keys the focused element needs for itself. */
 function owns(target, key) {
-  if (!(target instanceof Element)) return false;
+  if (!target || target.nodeType !== 1) return false;
   const tag = target.tagName;
   if (tag === "TEXTAREA" || target.isContentEditable || (tag === "INPUT" && TYPING.has(target.type))) return true;
   if (tag === "SELECT") return key !== "Escape";
@@ -14,15 +14,18 @@ function owns(target, key) {
   return tag === "A" && key === "Enter";
 }
 
-/** `actions` maps a key to what it does; returns a function that stops listening. */
-export function listenKeys(actions) {
+/**
+ * `actions` maps a key to what it does; one that returns false leaves the key to the browser. Of `firm` keys a control
+ * keeps none, unless someone types. Returns a function that stops listening.
+ */
+export function listenKeys(actions, where = document, firm = () => false) {
   const press = (event) => {
     if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
     const action = actions[event.key];
-    if (!action || owns(event.composedPath()[0], event.key)) return;
-    event.preventDefault();
-    action();
+    const target = event.composedPath()[0];
+    if (!action || (owns(target, event.key) && !(firm(event.key) && target.type === "range"))) return;
+    if (action() !== false) event.preventDefault();
   };
-  document.addEventListener("keydown", press);
-  return () => document.removeEventListener("keydown", press);
+  where.addEventListener("keydown", press);
+  return () => where.removeEventListener("keydown", press);
 }

@@ -11,7 +11,9 @@ import { createKnobs, createModels } from "./knobs.js";
 import { createNotices } from "./notices.js";
 import { Player } from "./player.js";
 import { expose, presenting } from "./present.js";
+import { createPresenter } from "./presenter.js";
 import { createPulse } from "./pulse.js";
+import { createReel } from "./reel.js";
 import { createScene } from "./scene.js";
 import { createTabs } from "./tabs.js";
 import { FONTS } from "./theme.js";
@@ -23,7 +25,13 @@ const PLACE_EVERY = 220; // milliseconds between two reports of where the learne
 export function lessonPage({ root, model, places, theme }) {
   const lesson = model.get("lesson");
   const start = model.get("start") || {};
-  const send = (message) => model.send_msg(message);
+  const send = (message) => {
+    try {
+      model.send_msg(message);
+    } catch {
+      // The connection is closed: the pulse says so, and what is here plays on.
+    }
+  };
   const values = { ...Object.fromEntries(lesson.knobs.map((spec) => [spec.name, spec.default])), ...(start.knobs || {}) };
   const player = new Player();
   const tip = createTip(root);
@@ -43,22 +51,29 @@ export function lessonPage({ root, model, places, theme }) {
     theme: `${root.dataset.theme} 0`,
     bare: false,
     turn: (name, value) => knobs.set(name, value),
+    edit: (name, row, column) => knobs.edit(name, row, column),
     announce: (text) => say(spoken, text),
     exact: asks.exact,
   };
   const scenes = createScene(stage, base, {
     open(index, view, at) {
       asks.cell(index, at);
+      if (presenter.away) cell.show({ error: "The arithmetic comes from the server, which is away." });
       beats.opened(view.name);
     },
-    edit: (name, row, column) => knobs.edit(name, row, column),
     calculate: asks.calculate,
+    lit: (element) => present.lit(element),
+  });
+  const reel = createReel({
+    replay: (messages) => messages.forEach((message) => inbox.take(message)),
+    live: (run) => (scenes.pending && scenes.pending.run === run ? scenes.pending : null),
   });
 
   let scene = "";
   const showScene = (name) => {
     if (name === scene) return;
     scene = name;
+    reel.show(values, name);
     send({ type: "scene", scene: name });
   };
 
@@ -69,7 +84,9 @@ export function lessonPage({ root, model, places, theme }) {
     {
       send(all) {
         notices.clear();
+        if (!reel.show(all, scene) && presenter.away) notices.add("The server is away, and this setting was not fetched ahead: the picture is still that of the run before.", "warning");
         send({ type: "knobs", values: all });
+        presenter.turned();
       },
       turned(name) {
         models?.show(values.model);
@@ -80,7 +97,11 @@ export function lessonPage({ root, model, places, theme }) {
   );
   const models = inHeader ? createModels(lesson.models, values.model, (value) => knobs.set("model", value)) : null;
   const sendPlace = throttled(() => send({ type: "place", beat: beats.index, step: player.step }), PLACE_EVERY);
-  const beats = createBeats(lesson, { values, player, knobs, tip, showScene, light: scenes.light, changed: sendPlace });
+  const moved = () => {
+    sendPlace();
+    presenter.moved();
+  };
+  const beats = createBeats(lesson, { values, player, knobs, tip, showScene, light: scenes.light, changed: moved });
 
   /** The learner takes the player in hand: from now on no beat pulls it elsewhere. */
   const inHand = (work) => () => {
@@ -93,10 +114,11 @@ export function lessonPage({ root, model, places, theme }) {
   });
   const transport = createTransport(player, lesson.step_word || "step", { toggle, taken: beats.taken, stop: () => send({ type: "stop" }) });
   const tabs = createTabs(send, player, lesson.footnote);
-  const inbox = createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks });
-  const present = presenting(root);
+  const inbox = createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks, reel, wanted: () => scene });
+  const present = presenting(root, { changed: () => presenter.changed() });
+  const presenter = createPresenter({ lesson, root, places, present, beats, player, reel, notices, send, inHand, toggle, redraw: () => themed() });
   const more = []; // what the header's menu offers: {label, title, act}
-  const header = createHeader({ lesson, home: places.home, models, theme, present, more, share: () => inbox.href || location.href });
+  const header = createHeader({ lesson, home: places.home, models, theme, present, tools: presenter.element, more, share: () => inbox.href || location.href });
   const skip = (event) => {
     event.preventDefault();
     beats.focus();
@@ -139,11 +161,17 @@ export function lessonPage({ root, model, places, theme }) {
 
   const pulse = createPulse({
     send,
-    onAway: notices.away,
-    onHere: notices.here,
+    onAway() {
+      presenter.away = true;
+      notices.away();
+    },
+    onHere() {
+      presenter.away = false;
+      notices.here();
+    },
     onBack(known) {
       const reload = () => location.reload();
-      if (known && !player.playing) reload();
+      if (known && !player.playing && !present.on()) reload();
       else notices.back(reload);
     },
   });
@@ -153,21 +181,19 @@ export function lessonPage({ root, model, places, theme }) {
   });
 
   const stopKeys = listenKeys({
-    " ": beats.next,
-    ArrowRight: beats.next,
-    ArrowLeft: beats.back,
     k: toggle,
     p: toggle,
     ",": inHand(() => player.by(-1)),
-    ".": inHand(() => player.by(1)),
     Home: inHand(() => player.go(0)),
     End: inHand(() => player.go(player.last)),
     t: scenes.flip,
     Escape() {
       tip.hide();
       cell.hide();
+      present.lift();
     },
-  });
+    ...presenter.keys,
+  }, document, (key) => present.on() && key.startsWith("Page"));
 
   const resized = new ResizeObserver(() => {
     scenes.resize();
@@ -191,13 +217,17 @@ export function lessonPage({ root, model, places, theme }) {
     player.waitFor(start.step);
   }
 
+  function themed() {
+    base.colours = palette(root);
+    base.theme = `${root.dataset.theme} ${performance.now()}`;
+    player.redraw();
+  }
+
   return {
-    themed() {
-      base.colours = palette(root);
-      base.theme = `${root.dataset.theme} ${performance.now()}`;
-      player.redraw();
-    },
+    themed,
     stop() {
+      present.stop();
+      presenter.stop();
       stopKeys();
       pulse.stop();
       resized.disconnect();

@@ -5,6 +5,7 @@
 import { axis, scaleOf } from "./axes.js";
 import { createCursor } from "./cursor.js";
 import { make, sized } from "./dom.js";
+import { enlargement, within } from "./glass.js";
 import { format } from "./text.js";
 
 const SPACE = { left: 46, right: 14, top: 12, bottom: 30 };
@@ -192,15 +193,15 @@ export function plane(host, spec, context) {
   canvas.addEventListener("wheel", (event) => {
     if (!event.ctrlKey && !event.metaKey && !zoom && document.activeElement !== canvas && host.getRootNode().activeElement !== canvas) return; // the page scrolls
     event.preventDefault();
-    const rect = canvas.getBoundingClientRect();
-    enlarge(event.deltaY < 0 ? GROWTH : 1 / GROWTH, event.clientX - rect.left, event.clientY - rect.top);
+    const { x, y } = within(event, canvas);
+    enlarge(event.deltaY < 0 ? GROWTH : 1 / GROWTH, x, y);
   }, { passive: false });
   canvas.addEventListener("pointerdown", (event) => {
     held = event.pointerType === "mouse" ? [event.clientX, event.clientY] : null;
   });
   canvas.addEventListener("pointermove", (event) => {
     if (!held || !(event.buttons & 1)) return;
-    shift(event.clientX - held[0], event.clientY - held[1]);
+    shift((event.clientX - held[0]) / enlargement(), (event.clientY - held[1]) / enlargement());
     held = [event.clientX, event.clientY];
   });
   canvas.addEventListener("pointerup", () => (held = null));

@@ -3,6 +3,7 @@
  * after a step glide there; with reduced motion they are simply there.
  */
 import { draw, make } from "./dom.js";
+import { within } from "./glass.js";
 import { format, short, visible } from "./text.js";
 
 const ROW = 24;
@@ -163,7 +164,7 @@ export function routes(host, spec, context) {
 
   const under = (event) => {
     if (!layout || !data) return -1;
-    const y = event.clientY - picture.getBoundingClientRect().top;
+    const y = within(event, picture).y;
     const i = data.froms.findIndex((_, n) => Math.abs(layout.from(n) - y) < ROW / 2);
     return i;
   };

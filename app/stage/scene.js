@@ -71,7 +71,12 @@ export function createScene(stage, base, hooks) {
   let lit = "";
   const light = (name) => {
     lit = name;
-    if (current) for (const { view, panel } of current.panels) panel.element.classList.toggle("spot", Boolean(name) && view.name === name);
+    if (!current) return;
+    for (const { view, panel } of current.panels) {
+      const spot = Boolean(name) && view.name === name;
+      panel.element.classList.toggle("spot", spot);
+      if (spot) hooks.lit?.(panel.element);
+    }
   };
 
   const drawPanel = (entry, index, step) => {
@@ -91,11 +96,11 @@ export function createScene(stage, base, hooks) {
   };
 
   return {
-    /** Take a `picture` message. Returns the store that its rows belong to. */
-    picture(message) {
+    /** Take a `picture` message. Returns the store that its rows belong to; `kept` is one that has some already. */
+    picture(message, kept) {
       const newest = next || current;
       const fresh = !newest || newest.store.run !== message.run;
-      const store = fresh ? new Store(message.run) : newest.store;
+      const store = fresh ? kept || new Store(message.run) : newest.store;
       store.model = message.model || {};
       store.total = message.steps || 0;
       store.describe(message.tracks);

@@ -5,6 +5,7 @@
  */
 import { STATES } from "./colours.js";
 import { make, say, sized } from "./dom.js";
+import { within } from "./glass.js";
 import { format, visible } from "./text.js";
 
 const STRIP_HEIGHT = 26;
@@ -149,9 +150,9 @@ function createStrip(list, strip, spec, context) {
   };
 
   canvas.addEventListener("pointermove", (event) => {
-    const rect = canvas.getBoundingClientRect();
+    const { x, y } = within(event, canvas);
     const codes = codesAt(context.player.step);
-    const n = plan && codes ? plan.find(event.clientX - rect.left, event.clientY - rect.top) : -1;
+    const n = plan && codes ? plan.find(x, y) : -1;
     if (n >= 0 && n < codes.length && codes[n]) context.tip.near(event, lines(n, codes));
     else context.tip.hide();
   });

@@ -2,6 +2,7 @@
  * The layers of a model, the first at the bottom: what each is, whose cache it reads, what it stores, what works now.
  */
 import { draw, make } from "./dom.js";
+import { enlargement } from "./glass.js";
 import { format } from "./text.js";
 
 const LAYER = 34;
@@ -81,7 +82,7 @@ export function stack(host, spec, context) {
 
   picture.addEventListener("pointermove", (event) => {
     const rect = picture.getBoundingClientRect();
-    const i = Math.floor(((rect.bottom - event.clientY - 2) / (rect.height - 22)) * layers.length);
+    const i = Math.floor(((rect.bottom - event.clientY - 2 * enlargement()) / (rect.height - 22 * enlargement())) * layers.length);
     if (layers[i]) context.tip.near(event, sentence(layers[i]).split(", "));
     else context.tip.hide();
   });

@@ -3,6 +3,7 @@
  * same texts in blocks, where only the last block of each has empty slots.
  */
 import { draw, make } from "./dom.js";
+import { within } from "./glass.js";
 import { hueOf, letterOf } from "./owners.js";
 
 const CELL_LEAST = 10;
@@ -160,9 +161,9 @@ export function stretches(host, spec, context) {
 
   picture.addEventListener("pointermove", (event) => {
     if (!now || !geometry) return;
-    const box = picture.getBoundingClientRect();
-    const column = Math.floor((event.clientX - box.left) / geometry.cell);
-    const line = Math.floor((event.clientY - box.top - geometry.head) / (CELL_TALL + LINE_GAP));
+    const { x, y } = within(event, picture);
+    const column = Math.floor(x / geometry.cell);
+    const line = Math.floor((y - geometry.head) / (CELL_TALL + LINE_GAP));
     const n = line * geometry.across + column;
     const found = now.held.find(({ start, length }) => n >= start && n < start + length);
     if (found && column >= 0 && column < geometry.across) context.tip.near(event, [`slot ${n}`, stretchWords(found)]);

@@ -52,13 +52,13 @@ function remembered() {
   }
 }
 
-/** Load our fonts from `folder`; without one, or when a file is missing, the system's fonts stay. */
-export function loadFonts(folder, loaded) {
+/** Load our fonts from `folder`; without one, or when a file is missing, the system's fonts stay. `into`: the window. */
+export function loadFonts(folder, loaded, into = window) {
   if (!folder || typeof FontFace === "undefined") return;
   const base = folder.endsWith("/") ? folder : `${folder}/`;
   for (const [family, file, options] of FACES) {
-    const face = new FontFace(family, `url("${base}${file}")`, { display: "swap", ...options });
-    document.fonts.add(face);
-    face.load().then(loaded, () => document.fonts.delete(face));
+    const face = new into.FontFace(family, `url("${base}${file}")`, { display: "swap", ...options });
+    into.document.fonts.add(face);
+    face.load().then(loaded, () => into.document.fonts.delete(face));
   }
 }

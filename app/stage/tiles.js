@@ -5,6 +5,7 @@
 import { css } from "./colours.js";
 import { createCursor } from "./cursor.js";
 import { make, say, sized } from "./dom.js";
+import { within } from "./glass.js";
 import { bytes, short } from "./text.js";
 
 const SIDE_MOST = 400; // pixels of a matrix's side
@@ -282,8 +283,7 @@ export function sweepTiles(host, spec, context) {
   const cursor = createCursor(wrap, canvas, context.tip, grid, context.announce);
 
   canvas.addEventListener("click", (event) => {
-    const rect = canvas.getBoundingClientRect();
-    const [x, y] = [event.clientX - rect.left, event.clientY - rect.top];
+    const { x, y } = within(event, canvas);
     if (!plan || !spec.row || grid.find(x, y) || x > plan.boxes[0].x) return;
     const i = Math.floor((y - plan.boxes[0].y) / plan.ch);
     if (i >= 0 && i < plan.seen.rows) context.turn(spec.row.knob, i);

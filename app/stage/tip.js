@@ -1,5 +1,6 @@
 /** The floating read-out: a cell's value under the pointer, a glossary term's meaning. One for the whole page. */
 import { fill, make } from "./dom.js";
+import { enlargement } from "./glass.js";
 
 export function createTip(root) {
   const box = make("div", { class: "tip", role: "tooltip", id: "leanscope-tip", hidden: true });
@@ -11,8 +12,8 @@ export function createTip(root) {
     const left = Math.max(8, Math.min(x, window.innerWidth - width - 8));
     const fits = above ? y - height - 8 > 0 : y + height + 8 < window.innerHeight;
     const top = (above ? fits : !fits) ? y - height - 10 : y + 14;
-    box.style.left = `${left}px`;
-    box.style.top = `${Math.max(8, top)}px`;
+    box.style.left = `${left / enlargement()}px`;
+    box.style.top = `${Math.max(8, top) / enlargement()}px`;
   };
 
   return {

@@ -29,21 +29,23 @@ export class Track {
     this.axes = about.axes || [];
   }
 
-  /** Take a `rows` message. Rows sent twice (after a reconnect) are ignored. */
+  /** Take a `rows` message. Rows that are here already (sent again, or sent ahead) are left out. */
   append(message) {
     const at = plain(message.at);
-    if (message.start !== this.at.length || at.length === 0) return;
+    const known = this.at.length - message.start;
+    if (known < 0 || known >= at.length) return;
     const shape = [...message.shape];
+    const size = shape.reduce((a, b) => a * b, 1);
     this.chunks.push({
-      start: message.start,
+      start: this.at.length,
       shape,
-      size: shape.reduce((a, b) => a * b, 1),
-      data: plain(message.data),
-      lo: plain(message.lo),
-      hi: plain(message.hi),
-      widths: plain(message.widths),
+      size,
+      data: plain(message.data).subarray(known * size),
+      lo: plain(message.lo).subarray(known),
+      hi: plain(message.hi).subarray(known),
+      widths: plain(message.widths).subarray(known),
     });
-    for (const step of at) this.at.push(step);
+    for (const step of at.subarray(known)) this.at.push(step);
     this.version += 1;
   }
 
@@ -201,9 +203,15 @@ export class Store {
   }
 
   text(message) {
-    if (message.start !== this.pieces.length) return;
-    this.pieces.push(...message.pieces);
-    this.pieceAt.push(...plain(message.at));
+    const known = this.pieces.length - message.start;
+    if (known < 0) return;
+    this.pieces.push(...message.pieces.slice(known));
+    this.pieceAt.push(...plain(message.at).subarray(known));
+  }
+
+  /** How ids read, for views that show ids. */
+  learn(message) {
+    for (const [token, text] of Object.entries(message.words)) this.words.set(Number(token), text);
   }
 
   /** How many tokens have been read at `step`. */
