@@ -91,10 +91,20 @@ export function curves(host, spec, context) {
     return false;
   };
 
+  /** Where the line that moved last stands. */
   const cursorX = () => {
-    const first = plot.lines.find((l) => l.points.length);
-    const past = first.points.filter((p) => p.at <= step);
-    return past.length ? plot.x(past[past.length - 1].x) : plot.margin.left;
+    const now = plot.lines.map((l) => newest(l.points, step)).filter(Boolean);
+    return now.length ? plot.x(now.reduce((a, b) => (b.at > a.at ? b : a)).x) : plot.margin.left;
+  };
+
+  /** Lines with an x of their own may be drawn one after another over the same stretch: each is cut at its own end. */
+  const paintEach = (pen) => {
+    pen.drawImage(faint, 0, 0, plot.width, plot.height);
+    for (const { line, points: list } of plot.lines) {
+      const past = list.filter((p) => p.at <= step);
+      if (past.length > 1) trace(pen, past, plot.x, plot.y, line, context.colours);
+    }
+    return marks(pen);
   };
 
   const paint = () => {
@@ -104,6 +114,7 @@ export function curves(host, spec, context) {
     pen.clearRect(0, 0, width, height);
     if (!context.bare) axis(pen, { x, y, width, height, margin, spec, context });
     if (spec.across) return pen.drawImage(firm, 0, 0, width, height);
+    if (spec.lines.some((line) => line.x)) return paintEach(pen);
     const cut = Math.round(cursorX() * scale);
     const copy = (layer, from, to) => {
       if (to > from) pen.drawImage(layer, from, 0, to - from, layer.height, from / scale, 0, (to - from) / scale, height);

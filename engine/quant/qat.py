@@ -65,6 +65,17 @@ def straight_through(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tens
     return out
 
 
+def staircase(grid: Grid, *, beyond: float = 1.0, points: int = 241) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounding as a figure: v/s from the first code to the last and `beyond`, what it becomes, and the slope that the
+    gradient is told: 1 inside the range and 0 outside, where the true slope is 0 all along."""
+    plain = Grid(grid.bits, grid.symmetric)
+    with torch.inference_mode(False), torch.enable_grad():
+        v = torch.linspace(grid.low - beyond, grid.high + beyond, points, dtype=torch.float64, requires_grad=True)
+        stairs = straight_through(v, v.new_ones(1, 1), v.new_zeros(1, 1), plain)
+        (slope,) = torch.autograd.grad(stairs.sum(), v)
+    return v.detach(), stairs.detach(), slope
+
+
 class QATLinear(nn.Module):
     """A linear layer that trains float weights and computes with rounded ones.
 

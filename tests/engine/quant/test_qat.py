@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from engine.quant import linears
 from engine.quant.affine import Grid, quantise
 from engine.quant.integer import QuantLinear, fake_quantise
-from engine.quant.qat import QATLinear, after_training, converted, prepare, straight_through
+from engine.quant.qat import QATLinear, after_training, converted, prepare, staircase, straight_through
 from engine.recording import record
 from tests.engine.quant.test_integer import randn, tokens, toy
 
@@ -161,3 +161,11 @@ def test_bad_input_is_named():
     layer = QATLinear(torch.nn.Linear(2, 2), weights=Grid(4), activations=Grid(8))
     with pytest.raises(ValueError, match="x must be finite"):
         layer(torch.full((1, 2), torch.nan))
+
+
+def test_the_staircase_is_flat_and_its_pretended_slope_is_one_inside():
+    v, stairs, slope = staircase(Grid(3), beyond=2.0, points=501)
+    assert set(stairs.tolist()) == set(range(-3, 4))
+    inside = (v.round() >= -3) & (v.round() <= 3)
+    assert torch.equal(slope, inside.double())
+    assert torch.equal(stairs, v.round().clamp(-3, 3))
