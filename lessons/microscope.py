@@ -34,6 +34,7 @@ SEEN = site("microscope.seen", "how many values are through")
 SQUARED = site(
     "microscope.squared", "mean squared error of the values that are through", symbol="mean (ŵ − w)²", low=0.0
 )
+TYPED = site("microscope.typed", "1 where the matrix is the learner's own, 0 where it comes from the model")
 BITS = site("microscope.bits", "bits: as it was, codes, scales and zero points, all, all a value", unit="bits")
 NEXT = site("microscope.next", "probability of the next token", low=0.0, high=1.0)
 NEXT_IDS = site("microscope.next.ids", "the tokens that are likeliest before or after")

@@ -401,6 +401,52 @@ class Grid(View):
 
 
 @dataclass(frozen=True)
+class BitRow:
+    """One format of Bits: how it stores the number."""
+
+    label: str
+    form: str  # the format's name in the engine
+    bits: Of  # 0 or 1 [bit], the most significant first
+    value: Of  # one number: what they stand for
+    fields: tuple[tuple[str, int], ...]  # (sign, exponent, mantissa, magnitude or place; how many bits)
+    detail: str = ""
+    bias: int = 0
+    infinite: bool = True  # the highest exponent holds infinities, and not numbers
+
+
+@dataclass(frozen=True)
+class Bits(View):
+    """A number as formats store it, bit by bit, with the sum that the bits stand for. A click flips a bit: `turn`, a
+    text knob, then holds the format's name and the row of bits."""
+
+    kind: ClassVar[str] = "bits"
+    rows: tuple[BitRow, ...]
+    number: Of | None = None  # the number itself
+    turn: knob | None = None
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """One format of Rulers. Positive levels, where there are few; else a float's ends say where its marks are."""
+
+    label: str
+    ends: Of  # [4]: smallest above 0, smallest of full precision, largest, bits of the mantissa
+    lost: Of  # [2]: the share of the values that became 0, and of those too large
+    levels: Of | None = None  # [level], rising
+    colour: str = "query"
+
+
+@dataclass(frozen=True)
+class Rulers(View):
+    """Number formats as rulers on a scale of powers of two, and a tensor's values in heaps upon them."""
+
+    kind: ClassVar[str] = "rulers"
+    tensor: Of  # [octave]: the share of the values whose size lies from 2^octave to twice that
+    rulers: tuple[Ruler, ...]
+    low: int = -64  # the first octave
+
+
+@dataclass(frozen=True)
 class Field:
     """One entry of a Calculator."""
 

@@ -84,8 +84,8 @@ function levelTicks(pen, context, about, { x, axis, hue, box }) {
     const at = x(level);
     if (at < box.x - 4 || at > box.x + box.width + 4) return;
     lineRule(pen, at, axis - 6, at, axis + 6, hue(n), levels.length > 64 ? 1 : 3);
-    const name = format(names[n] ?? n, ".0f");
-    if (at - free[0] > 8 * name.length + 6) {
+    const name = names[n] === null ? "" : format(names[n] ?? n, ".0f");
+    if (name && at - free[0] > 8 * name.length + 6) {
       lineWords(pen, context, name, at, axis + 18, role("ink"), "center", 13, box);
       free = [at + 4 * name.length, free[1]];
     }

@@ -153,7 +153,8 @@ export function matrixAndLine(host, spec, context) {
 
   const codeNames = () => {
     const [low, high] = codeRange();
-    return Array.from({ length: high - low + 1 }, (_, n) => low + n);
+    // Of a format with very many levels only those in use are drawn, and have no number.
+    return Array.from({ length: Math.min(high - low + 1, seen.levels[0].length) }, (_, n) => (high - low + 1 === seen.levels[0].length ? low + n : null));
   };
 
   /** One scale for the whole run: values and levels, as far as they are known. */
@@ -170,7 +171,7 @@ export function matrixAndLine(host, spec, context) {
     for (let n = 0; n < seen.total; n += 1) {
       const { i, j } = place(n);
       if (seen.block(i, j) !== b) continue;
-      const level = seen.codes ? seen.codes[i][j] - codeRange()[0] : -1;
+      const level = seen.back ? nearestLevel(seen.levels[b], seen.back[i][j]) : -1;
       items.push({ n, value: seen.values[i][j], level, done: n < seen.count });
     }
     return items;
@@ -293,6 +294,7 @@ export function matrixAndLine(host, spec, context) {
       cancelAnimationFrame(frame);
       wrap.remove();
     },
+    origin: () => (spec.editable && scalar(spec.editable) ? "typed in" : ""),
     scale: () => (seen ? { table: context.colours.scale("diverging"), bounds: [-seen.bound, seen.bound], power: 1 } : null),
     table() {
       if (!seen || !plan) return { columns: [], rows: [] };
@@ -303,6 +305,19 @@ export function matrixAndLine(host, spec, context) {
       return { columns: ["cell", ...plan.boxes.map((box) => box.label)], rows };
     },
   };
+}
+
+/** Which of the rising levels is nearest. */
+function nearestLevel(levels, value) {
+  let low = 0;
+  let high = levels.length - 1;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (levels[middle] < value && levels[middle + 1] <= value) low = middle + 1;
+    else if (levels[middle] < value && value - levels[middle] > levels[middle + 1] - value) low = middle + 1;
+    else high = middle;
+  }
+  return low;
 }
 
 function largestSize(rows) {

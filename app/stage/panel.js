@@ -49,8 +49,9 @@ export function createPanel(view, index, hooks) {
     foot,
   );
 
-  const label = () => {
-    const { kind, text, short: brief, tensors } = originOf(view, store, knobs);
+  /** `own`: what the picture says of itself where it knows better, as of cells that someone typed. */
+  const label = (own) => {
+    const { kind, text, short: brief, tensors } = own ? { ...originOf(view, store, knobs), kind: own, text: own, short: own } : originOf(view, store, knobs);
     origin.textContent = view.span < 8 ? brief : text;
     origin.className = `origin origin-${kind || "none"}`;
     origin.hidden = !text;

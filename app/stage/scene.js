@@ -3,6 +3,7 @@
  * first rows are here, so that turning a knob never blinks.
  */
 import { bars } from "./bars.js";
+import { bitRows } from "./bits.js";
 import { blocks } from "./blocks.js";
 import { calculator } from "./calculator.js";
 import { curves } from "./curves.js";
@@ -16,6 +17,7 @@ import { createPanel } from "./panel.js";
 import { plane } from "./plane.js";
 import { ringOfDevices } from "./ring.js";
 import { routes } from "./routes.js";
+import { rulers } from "./rulers.js";
 import { slots } from "./slots.js";
 import { stack } from "./stack.js";
 import { stretches } from "./stretches.js";
@@ -25,7 +27,7 @@ import { tokens } from "./tokens.js";
 import { Store } from "./track.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */
@@ -89,7 +91,7 @@ export function createScene(stage, base, hooks) {
     const version = `${drawn} ${base.theme} ${JSON.stringify(base.knobs)} ${drawing.scale ? current.store.of(view.tensor)?.version : ""}`;
     if (version !== entry.version) {
       entry.version = version;
-      panel.label();
+      panel.label(drawing.origin?.());
       if (drawing.scale) panel.legend(drawing.scale());
     }
     return drawn;
