@@ -131,7 +131,7 @@ export function matrixAndLine(host, spec, context) {
     const t = Math.min(1, (performance.now() - began) / PANE_SETTLE);
     plan.boxes.forEach((box) => paintPane(pen, box));
     canvas.dataset.boxes = JSON.stringify(plan.boxes.map(({ x, y, name }) => ({ x, y, name, cw: plan.cw, ch: plan.ch })));
-    const range = spanOf();
+    const range = plan.lines.length ? spanOf() : null; // levels may arrive after values
     for (const line of plan.lines) {
       numberLine(pen, line, context, {
         ...range,
