@@ -131,7 +131,7 @@ def facts(recording: Recording) -> dict[str, Any]:
     return {
         **{
             key: meta[key]
-            for key in ("tokens", "D", "F", "chunk", "gamma", "features", "crossover", "longest", "forms")
+            for key in ("tokens", "D", "F", "chunk", "gamma", "features", "crossover", "longest", "forms", "asked")
         },
         "state_numbers": state,
         "cache_numbers": int(recording.stack(HOLDS, of="cache")[-1]),
@@ -284,7 +284,7 @@ BEATS = (
     ),
     Beat(
         "One matrix must also hold everything. Told ever more pairs, each model is asked for one: ==a point|recall== "
-        "is four questions. With {told} pairs: {recalled}. A list forgets nothing; a sum of {F} features gets crowded.",
+        "is {asked} questions. With {told} pairs: {recalled}. A list forgets nothing; a sum gets crowded.",
         scene="recall", step="last", play=True, focus="recall",
     ),
     Beat(
@@ -408,7 +408,7 @@ SCENES = (
         "recall",
         (
             Curves(
-                name="recall", title="Pairs recalled", note="four questions a point, one pair asked for",
+                name="recall", title="Pairs recalled", note="one pair asked for, many questions a point",
                 x_label="pairs told", lines=RECALLED, low=0, high=1, format=".0%",
             ),
         ),

@@ -5,7 +5,7 @@ Shared by lessons that compare memories: a code told long ago (windows), one pai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,14 @@ from engine import checkpoints
 from engine.caches.full import Full
 from engine.evaluate import Question, ask, passkey
 from engine.mixers.state import state_bytes
+from engine.probing import asked_together
 from engine.recording import note, site, tap
 from engine.toyland import Grammar
 from engine.toyland.questions import pairs_question, passkey_question
 
 BEFORE = 2  # sentences of filler before a code
 PAIRS = (3, 4, 6, 8, 12, 16, 24, 32)
-ASKED = 4  # questions for each number of pairs
+ASKED = 16  # questions for each number of pairs
 
 FOUND = site("recall.found", "share of pairs recalled", low=0.0, high=1.0)
 TOLD = site("recall.pairs", "pairs told before one is asked for")
@@ -63,18 +64,15 @@ def standings(
         yield now
 
 
-def by_pairs(
-    models: Mapping[str, Any],
-    tokenizer: Any,
-    counts: Iterable[int],
-    *,
-    questions: int,
-    make: Callable[..., Question] = one_pair,
-) -> Iterator[tuple[int, dict[str, Standing]]]:
-    """Recall against the number of pairs to keep: each count with so many questions, the running standings."""
-    for count in counts:
-        for now in standings(models, tokenizer, (make(count, seed=1000 * count + n) for n in range(questions))):
-            yield count, now
+def here(names: Iterable[str]) -> dict[str, Any]:
+    """Those models of the zoo that are trained and shipped, by name."""
+    return {name: checkpoints.load(name)[0] for name in names if checkpoints.available(name)[0]}
+
+
+def asked_for_pairs(models: Mapping[str, Any], tokenizer: Any, count: int, *, questions: int) -> dict[str, float]:
+    """The share of questions that each model answers right, one pair of `count` a question."""
+    made = [one_pair(count, seed=1000 * count + n) for n in range(questions)]
+    return {name: sum(asked_together(model, tokenizer, made)) / questions for name, model in models.items()}
 
 
 def recall_points(names: Iterable[str], tokenizer: Any, *, questions: int = ASKED) -> Iterator[None]:
@@ -83,15 +81,13 @@ def recall_points(names: Iterable[str], tokenizer: Any, *, questions: int = ASKE
     A model that is not here (yet) has one point that is no number, so that its line is empty. Notes who was asked.
     """
     names = list(names)
-    here = {name: checkpoints.load(name)[0] for name in names if checkpoints.available(name)[0]}
-    note(recalled=list(here))
+    models = here(names)
+    note(recalled=list(models), asked=questions)
     for name in names:
-        if name not in here:
+        if name not in models:
             tap(FOUND, float("nan"), "", model=name)
-    asked = by_pairs(here, tokenizer, PAIRS, questions=questions)
     for count in PAIRS:
-        *_, (_, now) = (next(asked) for _ in range(questions))
         tap(TOLD, float(count), "")
-        for name, standing in now.items():
-            tap(FOUND, standing.right, "", model=name)
+        for name, right in asked_for_pairs(models, tokenizer, count, questions=questions).items():
+            tap(FOUND, right, "", model=name)
         yield

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.caches import Cache, View
 from engine.mixers.rope import Positions, Rope
+from engine.mixers.state import repeated, tensors
 
 BLOCK = 64  # slots of the first allocation; doubled when full, so that a token is copied about once
 
@@ -70,6 +71,20 @@ class Full(Cache):
             if layer in held:
                 room[:, :, : self.seen] = held[layer][:, :, : self.seen]
             held[layer] = room
+
+    def copies(self, rows: int) -> Full:
+        """`rows` copies of a cache of one text, as the rows of a new one: each may read on in its own way."""
+        if rows < 1 or any(t.shape[0] != 1 for t in (*self._k.values(), *tensors(self.states))):
+            raise ValueError(f"rows must be 1 or more, of a cache that holds one text, not {rows}")
+        made = Full(capacity=self.seen + BLOCK)
+        made.seen = self.seen
+        made.states = {layer: repeated(state, rows) for layer, state in self.states.items()}
+        for held, mine in ((made._k, self._k), (made._v, self._v)):
+            for layer, t in mine.items():
+                room = t.new_empty(rows, t.shape[1], self.seen + BLOCK, t.shape[3])
+                room[:, :, : self.seen] = t[:, :, : self.seen]
+                held[layer] = room
+        return made
 
     def kept(self, layer: int) -> Tensor:
         return torch.arange(self.seen)

@@ -76,6 +76,16 @@ def tensors(state: Any) -> list[Tensor]:
     return [t for inner in state for t in tensors(inner)] if isinstance(state, (tuple, list)) else []
 
 
+def repeated(state: Any, rows: int) -> Any:
+    """The state of one text for a batch of `rows`, each to read on in its own way."""
+    if isinstance(state, Tensor):
+        return state.expand(rows, *state.shape[1:])
+    if isinstance(state, tuple):
+        inner = [repeated(part, rows) for part in state]
+        return type(state)(*inner) if hasattr(state, "_fields") else tuple(inner)
+    return state
+
+
 def state_bytes(state: Any) -> int:
     """Bytes of the tensors of a state, of a tuple of states, or of a whole `cache.states`."""
     return sum(t.numel() * t.element_size() for t in tensors(state))
