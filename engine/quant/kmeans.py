@@ -12,12 +12,13 @@ one candidate a centroid, as in the paper (scikit-learn: several); Deep Compress
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.quant import check_bits, check_values
+from engine.quant import Recipe, check_bits, check_values
 from engine.quant.affine import GRANULARITIES, Grid
 from engine.recording import event, site, step, tap
 
@@ -92,6 +93,25 @@ def kmeans(
     history.append((centroids, _show(blocks, codes, centroids, x)))
     event("kmeans.end", steps=len(history) - 1, converged=converged)
     return Codebook(codes.view(x.shape), centroids.to(x.dtype), tuple(history), grid, converged)
+
+
+def recipe(*, bits: int, sample: int = 65_536, most_steps: int = 20) -> Recipe:
+    """For `quantised`: every linear layer with a codebook of its own, found on every n-th of its weights so that at
+    most `sample` take part in the search; all of them snap to it."""
+    if sample < 2**bits:
+        raise ValueError(f"sample must be at least the {2**bits} centroids of {bits} bits, not {sample}")
+
+    def snapped(name: str, linear: nn.Linear) -> nn.Module:
+        weight = linear.weight.detach()
+        every = -(-weight.numel() // sample)
+        book = kmeans(weight.flatten()[::every], bits=bits, most_steps=most_steps).centroids  # 1 k
+        codes = nearest(weight.reshape(1, -1), book)
+        twin = copy.copy(linear)
+        twin._parameters = dict(linear._parameters)
+        twin.weight = nn.Parameter(book.gather(1, codes).view_as(weight), requires_grad=False)
+        return twin
+
+    return snapped
 
 
 def nearest(blocks: Tensor, centroids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.quant.affine import GRANULARITIES, Grid, quantise
-from engine.quant.kmeans import kmeans, means, nearest
+from engine.quant.kmeans import kmeans, means, nearest, recipe
 from engine.recording import record
 from tests.engine.quant.test_affine import LECTURE
 
@@ -96,6 +96,21 @@ def test_a_given_start_and_as_many_centroids_as_values():
 def test_a_constant_block_is_exact():
     for start in ("linear", "k-means++"):
         assert torch.equal(kmeans(torch.full((2, 8), 0.7), bits=2, start=start).reconstruct(), torch.full((2, 8), 0.7))
+
+
+@pytest.mark.parametrize("sample", [40, 10_000])
+def test_a_layer_snaps_to_a_codebook_found_on_a_sample(sample):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 16)
+    snapped = recipe(bits=3, sample=sample)("any", linear)
+    own, weight = linear.weight.detach(), snapped.weight
+    book = kmeans(own.flatten()[:: 1 if sample > 384 else 10], bits=3, most_steps=20).centroids
+    assert torch.equal(weight.unique(), book[0].unique())
+    distance = (own[..., None] - book[0]).abs()
+    assert torch.equal((own - weight).abs(), distance.min(-1).values)
+    assert snapped.bias is linear.bias
+    with pytest.raises(ValueError, match="sample must be at least the 8 centroids of 3 bits, not 7"):
+        recipe(bits=3, sample=7)
 
 
 def test_each_step_is_tapped():
