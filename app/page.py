@@ -41,6 +41,7 @@ class Address:
     slug: str
     token: str = ""
     present: bool = False
+    rooms: bool = False  # whether this server has any
 
     @property
     def up(self) -> str:
@@ -99,6 +100,8 @@ def build(doc: Document, address: Address, runs: Runs) -> None:
     doc.config.notify_connection_status = False  # the page says it itself
     doc.config.reconnect_session = False  # a server that restarted does not know this session: the page loads anew
     places = {"fonts": f"{address.up}fonts/" if fonts.folder() is not None else "", "home": address.up}
+    if address.rooms:
+        places["rooms"] = f"{address.up}room"
     lesson = all_lessons().get(address.slug) if address.slug else None
     if lesson is None:
         home = HomePage(address.up, course=course(address.up), start={"present": address.present}, places=places)

@@ -24,7 +24,8 @@ from panel.io.application import Application
 from panel.io.server import Server
 from tornado.ioloop import IOLoop
 
-from app import assets, fonts, handlers, page
+from app import assets, fonts, handlers, page, room_socket
+from app.rooms import Rooms, store_maker
 from app.runs import Runs, code_version, with_available_model
 from app.store import Store
 from lessons import all_lessons
@@ -36,6 +37,8 @@ INCOMING = 1_000_000  # bytes of one message from a browser
 
 _runs: Runs | None = None  # the run service of this process, made by `begin`
 _beginning = threading.Lock()
+_rooms: Rooms | None = None  # the rooms of this process, made by `rooms`
+_offers_rooms = False  # whether their addresses are routed here: a page that is shown elsewhere has none
 
 
 def begin(*, folder: Path | None = None, warm: bool | None = None) -> Runs:
@@ -49,6 +52,14 @@ def begin(*, folder: Path | None = None, warm: bool | None = None) -> Runs:
         return _runs
 
 
+def rooms() -> Rooms:
+    """The rooms of this process; the first call, on the server's loop, makes them."""
+    global _rooms
+    if _rooms is None:
+        _rooms = Rooms(store_maker(os.environ.get("LEANSCOPE_REDIS", "")))
+    return _rooms
+
+
 def fill(doc: Document) -> None:
     """Build the page that a visitor asked for. What was asked is in the session's token, and is checked again."""
     payload: Any = getattr(doc.session_context, "token_payload", {})
@@ -59,6 +70,7 @@ def fill(doc: Document) -> None:
         slug if isinstance(slug, str) and slug in all_lessons() else "",
         token if isinstance(token, str) else "",
         asked.get("present") is True,
+        _offers_rooms,
     )
     page.build(doc, address, begin())
 
@@ -71,11 +83,15 @@ def install() -> None:
 
 def routes() -> list[Any]:
     """The addresses besides those of the application itself, as Tornado takes them."""
+    global _offers_rooms
+    _offers_rooms = True
     return [
         (r"/lesson/(?P<slug>[^/]+)/ws", handlers.PageSocket, {}),
         (r"/lesson/(?P<slug>[^/]+)", handlers.PageHandler, {}),
         (r"/lesson/(?P<slug>[^/]+)/", handlers.Slashed, {}),
         (r"/lesson/.*", handlers.NotFound, {}),
+        (r"/room/ws", room_socket.RoomSocket, {"rooms": rooms}),
+        (r"/room/([^/]{1,40})/?", room_socket.RoomHandler, {"rooms": rooms}),
         (r"/ws", handlers.PageSocket, {}),
         (r"/", handlers.PageHandler, {}),
         (r"/assets/([A-Za-z0-9_-]+\.[a-z0-9]+)", handlers.AssetHandler, {}),

@@ -6,7 +6,7 @@ import { fill, make, say } from "./dom.js";
 import { doCard, guessCard } from "./cards.js";
 import { rich } from "./text.js";
 
-export function createBeats(lesson, { player, knobs, values, light, showScene, tip, changed }) {
+export function createBeats(lesson, { player, knobs, values, light, showScene, tip, changed, poll = () => null }) {
   const { beats } = lesson;
   const dashes = beats.map((_, i) => make("button", { type: "button", class: "dash", "aria-label": `Part ${i + 1} of ${beats.length}`, on: { click: () => open(i) } }));
   const body = make("div", { class: "beat-body", "aria-live": "polite" });
@@ -58,7 +58,10 @@ export function createBeats(lesson, { player, knobs, values, light, showScene, t
     const text = rich(beat.text, hooks);
     parts = [text];
     const cards = [];
-    if (beat.predict) cards.push(guessCard(beat.predict, { answer: () => facts[beat.predict.answer], guesses, index }));
+    if (beat.predict) {
+      const answer = () => facts[beat.predict.answer];
+      cards.push(poll(beat.predict, index, answer) || guessCard(beat.predict, { answer, guesses, index }));
+    }
     if (beat.do) cards.push(doCard(beat.do, done.has(index)));
     parts.push(...cards);
     fill(body, make("div", { class: "beat-text" }, text.nodes), cards.map((card) => card.element));
@@ -118,6 +121,8 @@ export function createBeats(lesson, { player, knobs, values, light, showScene, t
     /** What beats may name: knobs, whose run it is, and what was measured. */
     known,
     focus: () => next.focus(),
+    /** The same beat, its card made anew. */
+    again: () => open(index, { quietly: true }),
     /** The learner took the player in hand: a step that is still awaited shall not pull it away. */
     taken() {
       awaited = "";

@@ -3,13 +3,11 @@ import { make, say } from "./dom.js";
 import { format, rich } from "./text.js";
 
 /** A card's text has neither glossary nor highlights. */
-const BARE = { term: (shown) => make("span", {}, shown), light: (nodes) => make("span", {}, nodes) };
+export const BARE = { term: (shown) => make("span", {}, shown), light: (nodes) => make("span", {}, nodes) };
 
 /** `guesses` remembers what was guessed, by beat, so that going back does not ask again. */
 export function guessCard(predict, { answer, guesses, index }) {
-  const whole = predict.options.every(Number.isInteger) && !predict.format.includes("%");
-  const optionText = (option) => format(option, whole ? ",d" : predict.format);
-  const shown = (value) => `${format(value, predict.format)}${predict.unit ? ` ${predict.unit}` : ""}`;
+  const { option: optionText, value: shown } = predictWords(predict);
   const buttons = predict.options.map((option) =>
     make("button", { type: "button", class: "guess", "aria-pressed": "false", on: { click: () => choose(option) } }, optionText(option)),
   );
@@ -52,6 +50,15 @@ export function guessCard(predict, { answer, guesses, index }) {
       question.fill(facts);
       show();
     },
+  };
+}
+
+/** How a question's options and its measured answer read. */
+export function predictWords(predict) {
+  const whole = predict.options.every(Number.isInteger) && !predict.format.includes("%");
+  return {
+    option: (option) => format(option, whole ? ",d" : predict.format),
+    value: (value) => `${format(value, predict.format)}${predict.unit ? ` ${predict.unit}` : ""}`,
   };
 }
 

@@ -4,6 +4,7 @@ import { make } from "./dom.js";
 import { glyph } from "./glyphs.js";
 import { createHeader, mark } from "./header.js";
 import { createPreview } from "./preview.js";
+import { roomDoor } from "./roombar.js";
 
 export function homePage({ root, model, places, theme }) {
   const course = model.get("course") || [];
@@ -46,7 +47,7 @@ export function homePage({ root, model, places, theme }) {
   root.classList.add("home");
   root.append(
     createHeader({ lesson: null, home: places.home, models: null, theme, present: null, share: () => location.href }),
-    make("main", {}, hero, make("p", { class: "count" }, `${ready.length} of ${lessons.length} lessons are open.`), make("div", { class: "parts" }, course.map(section))),
+    make("main", {}, hero, make("p", { class: "count" }, `${ready.length} of ${lessons.length} lessons are open.`), roomDoor(places.rooms), make("div", { class: "parts" }, course.map(section))),
   );
   previews.forEach((preview) => preview.start());
   Object.defineProperty(window, "leanscope", {

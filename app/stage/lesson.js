@@ -14,6 +14,7 @@ import { expose, presenting } from "./present.js";
 import { createPresenter } from "./presenter.js";
 import { createPulse } from "./pulse.js";
 import { createReel } from "./reel.js";
+import { createRoom } from "./room.js";
 import { createScene } from "./scene.js";
 import { createTabs } from "./tabs.js";
 import { FONTS } from "./theme.js";
@@ -86,10 +87,12 @@ export function lessonPage({ root, model, places, theme }) {
         notices.clear();
         if (!reel.show(all, scene) && presenter.away) notices.add("The server is away, and this setting was not fetched ahead: the picture is still that of the run before.", "warning");
         send({ type: "knobs", values: all });
+        room?.sent();
         presenter.turned();
       },
       turned(name) {
         models?.show(values.model);
+        room?.touched();
         beats.turned(name);
         player.redraw();
       },
@@ -100,24 +103,30 @@ export function lessonPage({ root, model, places, theme }) {
   const moved = () => {
     sendPlace();
     presenter.moved();
+    room?.moved();
   };
-  const beats = createBeats(lesson, { values, player, knobs, tip, showScene, light: scenes.light, changed: moved });
+  const beats = createBeats(lesson, { values, player, knobs, tip, showScene, light: scenes.light, changed: moved, poll: (...question) => room?.card(...question) });
 
   /** The learner takes the player in hand: from now on no beat pulls it elsewhere. */
-  const inHand = (work) => () => {
+  const taken = () => {
     beats.taken();
+    room?.touched();
+  };
+  const inHand = (work) => () => {
+    taken();
     work();
   };
   const toggle = inHand(() => {
     player.toggle();
     if (player.playing) beats.played();
   });
-  const transport = createTransport(player, lesson.step_word || "step", { toggle, taken: beats.taken, stop: () => send({ type: "stop" }) });
+  const transport = createTransport(player, lesson.step_word || "step", { toggle, taken, stop: () => send({ type: "stop" }) });
   const tabs = createTabs(send, player, lesson.footnote);
   const inbox = createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks, reel, wanted: () => scene });
   const present = presenting(root, { changed: () => presenter.changed() });
   const presenter = createPresenter({ lesson, root, places, present, beats, player, reel, notices, send, inHand, toggle, redraw: () => themed() });
-  const more = []; // what the header's menu offers: {label, title, act}
+  const room = createRoom({ lesson, values, player, beats, knobs, models, notices, root, showScene, scene: () => scene }, places);
+  const more = room ? [room.offer] : []; // what the header's menu offers: {label, title, act}
   const header = createHeader({ lesson, home: places.home, models, theme, present, tools: presenter.element, more, share: () => inbox.href || location.href });
   const skip = (event) => {
     event.preventDefault();
@@ -127,6 +136,7 @@ export function lessonPage({ root, model, places, theme }) {
   root.append(
     make("a", { class: "skip", href: "#story", on: { click: skip } }, "Skip to the lesson"),
     header,
+    ...(room ? [room.element] : []),
     make(
       "main",
       { class: "lesson" },
@@ -206,6 +216,7 @@ export function lessonPage({ root, model, places, theme }) {
   begin();
   expose({ lesson, player, ready: () => drawn, run: () => drawnRun });
   send({ type: "ready" });
+  room?.begin();
 
   /** Where the link says; else where the first beat says; else at the newest step. */
   function begin() {
@@ -229,6 +240,7 @@ export function lessonPage({ root, model, places, theme }) {
       present.stop();
       presenter.stop();
       stopKeys();
+      room?.stop();
       pulse.stop();
       resized.disconnect();
       player.stop();
