@@ -228,8 +228,9 @@ BEATS = (
     ),
     Beat(
         "Is it faster now? A product with 90% zeros runs at ==the old speed|time==: {times_zero:.1f} times. A "
-        "processor multiplies by zero like by any other number. Cut to a tenth of its rows, it runs {times_smaller:.0f} times as "
-        "fast: a model must truly get **smaller**.", scene="whole", step="shrink", focus="time",
+        "processor multiplies by zero like by any other number. Cut to a tenth of its rows, it runs "
+        "{times_smaller:.0f} times as fast: a model must truly get **smaller**.", scene="whole", step="shrink",
+        focus="time",
     ),
     Beat(
         "So cut out whole things, least useful first. ==Heads go dark|heads==: with {fewest} of {heads} in each layer "
