@@ -222,5 +222,14 @@ def _as_csv(findings: Findings) -> bytes:
     columns = ["text", "source", "formula", "reported", "measured", "unit", "verdict", "why"]
     writer = csv.DictWriter(made, columns)
     writer.writeheader()
-    writer.writerows(findings.claims)
+    writer.writerows({name: _as_text(value) for name, value in row.items()} for row in findings.claims)
     return made.getvalue().encode()
+
+
+def _as_text(cell: str) -> str:
+    """A cell that a spreadsheet would take for a formula, with the apostrophe that makes it text; numbers stay."""
+    try:
+        float(cell.replace(",", ""))
+    except ValueError:
+        return f"'{cell}" if cell[:1] in tuple("=+-@\t\r\n") else cell
+    return cell

@@ -23,14 +23,9 @@ export function magnify(root, by) {
   root.style.setProperty("--zoom", String(enlarged));
 }
 
-/** Draw canvases so many times finer, whatever the screen has, while `work` runs. */
-export function finely(by, work) {
-  finer = by / ((window.devicePixelRatio || 1) * enlarged);
-  try {
-    return work();
-  } finally {
-    finer = 1;
-  }
+/** Until told 0, canvases have so many pixels to one of a view's, whatever the screen has. */
+export function finely(by) {
+  finer = by ? by / ((window.devicePixelRatio || 1) * enlarged) : 1;
 }
 
 /** Where a pointer is in an element, in the element's own pixels. */

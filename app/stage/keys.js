@@ -22,7 +22,9 @@ export function listenKeys(actions, where = document, firm = () => false) {
   const press = (event) => {
     if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
     const action = actions[event.key];
-    const target = event.composedPath()[0];
+    const path = event.composedPath();
+    if (path.some((node) => node.nodeName === "DIALOG")) return;
+    const target = path[0];
     if (!action || (owns(target, event.key) && !(firm(event.key) && target.type === "range"))) return;
     if (action() !== false) event.preventDefault();
   };

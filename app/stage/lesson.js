@@ -17,6 +17,7 @@ import { createReel } from "./reel.js";
 import { createRoom } from "./room.js";
 import { createScene } from "./scene.js";
 import { createTabs } from "./tabs.js";
+import { createTakeaway } from "./takeaway.js";
 import { FONTS } from "./theme.js";
 import { createTip } from "./tip.js";
 import { createTransport } from "./transport.js";
@@ -127,6 +128,26 @@ export function lessonPage({ root, model, places, theme }) {
   const presenter = createPresenter({ lesson, root, places, present, beats, player, reel, notices, send, inHand, toggle, redraw: () => themed() });
   const room = createRoom({ lesson, values, player, beats, knobs, models, notices, root, showScene, scene: () => scene }, places);
   const more = room ? [room.offer] : []; // what the header's menu offers: {label, title, act}
+  const takeaway = createTakeaway({
+    lesson,
+    folder: places.fonts,
+    page: {
+      player,
+      send,
+      word: lesson.step_word || "step",
+      away: () => presenter.away,
+      name: () => scenes.scene,
+      place: () => ({ knobs: values, beat: beats.index, step: player.step }),
+      scenes: {
+        element: () => scenes.element,
+        draw: scenes.draw,
+        resize: scenes.resize,
+        captions: (at) => [`${lesson.title || lesson.slug} · ${lesson.step_word || "step"} ${at + 1} of ${player.total}`, `${scenes.store?.model.name || ""} · Leanscope`],
+        colours: () => ({ ground: base.colours.role("paper"), ink: base.colours.role("muted") }),
+      },
+    },
+  });
+  more.push(takeaway.offer);
   const header = createHeader({ lesson, home: places.home, models, theme, present, tools: presenter.element, more, share: () => inbox.href || location.href });
   const skip = (event) => {
     event.preventDefault();
@@ -153,6 +174,7 @@ export function lessonPage({ root, model, places, theme }) {
       tabs.element,
       spoken,
     ),
+    takeaway.element,
   );
 
   let drawn = false;

@@ -136,6 +136,13 @@ export function createScene(stage, base, hooks) {
     get store() {
       return current ? current.store : null;
     },
+    /** What is on the stage, and which scene it is. */
+    get element() {
+      return current ? current.grid : stage;
+    },
+    get scene() {
+      return current ? current.scene : "";
+    },
     /** Whether all that the run has for this scene is here. */
     get whole() {
       return Boolean(current && current.store.steps > 0 && current.store.steps >= current.store.total);

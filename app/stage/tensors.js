@@ -10,7 +10,7 @@ export function createTensors(send, player) {
   const cut = make("p", { class: "cut-note", hidden: true });
   const grid = make("div", { class: "value-grid", tabindex: 0, role: "region", "aria-label": "Values" });
   const offer = (what, label) => make("button", { type: "button", class: "download", on: { click: () => send({ type: "download", what }) } }, label);
-  const downloads = make("div", { class: "downloads" }, offer("npz", "All tensors (.npz)"), offer("recording", "The recording (.safetensors)"), offer("claims", "The claims (.json)"));
+  const downloads = make("div", { class: "downloads" }, offer("npz", "All tensors (.npz)"), offer("recording", "The recording (.safetensors)"), offer("claims", "The claims (.csv)"));
   const waiting = make("p", { class: "waiting-text" }, "Listing the tensors …");
   const element = make("div", { class: "tensor-page" }, downloads, waiting, make("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": "Recorded tensors" }, list), cut);
   list.hidden = true;

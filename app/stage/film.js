@@ -1,0 +1,114 @@
+/** The scene as a file: a picture of it as it stands, or an animation of chosen steps, drawn anew from the recording. */
+import { createGif, paletteOf } from "./gif.js";
+import { finely } from "./glass.js";
+import { svgOf } from "./paper.js";
+
+const FINE = 2; // a picture's pixels to one of the page's
+const FILES = { Inter: "inter", "Source Serif 4": "source-serif-4", "JetBrains Mono": "jetbrains-mono" };
+const LAST = 100; // hundredths of a second that the last frame stands at least
+
+/**
+ * `stage`: element() of the scene, draw(step), resize(), captions(step) [left, right], colours() {ground, ink}.
+ * `folder`: where the fonts are; a page opened from disk may not read them, and is drawn with the system's.
+ */
+export function createCamera(stage, folder) {
+  let fonts = null;
+
+  const embedded = async () => {
+    if (fonts === null) {
+      const faces = await Promise.all(Object.entries(FILES).map(([family, file]) => face(family, folder && `${folder}${file}.woff2`)));
+      fonts = faces.join("");
+    }
+    return fonts;
+  };
+
+  /** The scene at `step` as SVG text; its canvases so many times finer than the page's pixels. */
+  const drawn = (step, by, css) => {
+    const element = stage.element();
+    const spot = element.querySelector(".spot");
+    finely(by);
+    element.classList.add("taken");
+    spot?.classList.remove("spot");
+    try {
+      stage.resize();
+      stage.draw(step);
+      return new XMLSerializer().serializeToString(svgOf(element, { caption: stage.captions(step), fonts: css, ...stage.colours() }));
+    } finally {
+      finely(0);
+      spot?.classList.add("spot");
+      element.classList.remove("taken");
+    }
+  };
+
+  const put = (step) => {
+    stage.resize();
+    stage.draw(step);
+  };
+
+  return {
+    async svg(step) {
+      const text = drawn(step, FINE, await embedded());
+      put(step);
+      return `<?xml version="1.0" encoding="UTF-8"?>\n${text}\n`;
+    },
+    async png(step) {
+      const text = drawn(step, FINE, await embedded());
+      put(step);
+      const canvas = await rendered(text, FINE);
+      const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+      return new Uint8Array(await blob.arrayBuffer());
+    },
+    /** The steps as an animation. `progress(done, of)` returns false to give up: then there is no file, but null. */
+    async gif(steps, rate, progress, back) {
+      const css = await embedded();
+      const shot = async (step, keep) => pixelsOf(await rendered(drawn(step, 1, css), 1, keep));
+      try {
+        const first = await shot(steps[0]);
+        const middle = await shot(steps[steps.length >> 1], first);
+        const last = await shot(steps[steps.length - 1], first);
+        const gif = createGif(first.width, first.height, paletteOf([first.data, middle.data, last.data]));
+        for (const [i, step] of steps.entries()) {
+          if (progress(i, steps.length) === false) return null;
+          const { data } = await shot(step, first);
+          gif.add(data, i === steps.length - 1 ? Math.max(LAST, 100 / rate) : 100 / rate);
+        }
+        return gif.bytes();
+      } finally {
+        put(back());
+      }
+    },
+  };
+}
+
+/** A font as CSS that brings its file along; "" where the file can't be read. */
+async function face(family, address) {
+  if (!address) return "";
+  try {
+    const reply = await fetch(address);
+    if (!reply.ok) return "";
+    const bytes = new Uint8Array(await reply.arrayBuffer());
+    let text = "";
+    for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
+    return `@font-face{font-family:"${family}";font-weight:100 900;src:url(data:font/woff2;base64,${btoa(text)})}`;
+  } catch {
+    return "";
+  }
+}
+
+/** SVG text as a canvas; of the size of `like`, where that is given. */
+async function rendered(text, by, like) {
+  const image = new Image();
+  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;
+  await image.decode();
+  const canvas = document.createElement("canvas");
+  canvas.width = like ? like.width : Math.round(image.naturalWidth * by);
+  canvas.height = like ? like.height : Math.round(image.naturalHeight * by);
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(image, 0, 0, image.naturalWidth * by, image.naturalHeight * by);
+  return canvas;
+}
+
+function pixelsOf(canvas) {
+  return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+}
