@@ -165,6 +165,7 @@ class Curves(View):
     high: float | None = None
     start: int = 0  # the first step drawn
     format: str = ".1f"
+    height: int = 150
 
 
 @dataclass(frozen=True)

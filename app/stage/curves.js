@@ -45,7 +45,7 @@ export function curves(host, spec, context) {
     const every = lines.flatMap((l) => l.points);
     if (!every.length) return null;
     const width = host.clientWidth;
-    const height = context.height || PLOT_HEIGHT;
+    const height = context.height || spec.height || PLOT_HEIGHT;
     const margin = context.bare ? { left: 2, right: 6, top: 6, bottom: 4 } : MARGIN;
     const edge = (pick, values) => values.reduce((a, b) => pick(a, b));
     const xs = every.map((p) => p.x);
@@ -80,13 +80,13 @@ export function curves(host, spec, context) {
 
   /** Nothing to draw yet: say when there will be. */
   const waiting = () => {
-    const pen = sized(canvas, Math.max(1, host.clientWidth), context.height || PLOT_HEIGHT);
+    const pen = sized(canvas, Math.max(1, host.clientWidth), context.height || spec.height || PLOT_HEIGHT);
     pen.clearRect(0, 0, canvas.width, canvas.height);
     pen.font = `13px ${context.fonts.text}`;
     pen.fillStyle = context.colours.role("muted");
     pen.textAlign = "center";
     const text = spec.start ? `starts at ${spec.x_label || "step"} ${spec.start + 1}` : "nothing yet";
-    pen.fillText(text, host.clientWidth / 2, PLOT_HEIGHT / 2);
+    pen.fillText(text, host.clientWidth / 2, (spec.height || PLOT_HEIGHT) / 2);
     canvas.setAttribute("aria-label", `${spec.title || spec.y_label}: ${text}`);
     return false;
   };
