@@ -28,7 +28,8 @@ def page(lesson: Lesson | None, token: str, root: str, up: str) -> str:
     scripts = "".join(f'<script defer src="{up}assets/{name}"></script>\n' for name in assets.scripts())
     item = html.escape(json.dumps({"token": token, "root": root}))
     return (
-        f'{_head(title, question, up)}<link rel="modulepreload" href="{up}assets/{assets.stage()}">\n{scripts}</head>\n'
+        f"{head(title, question, _icon(up))}"
+        f'<link rel="modulepreload" href="{up}assets/{assets.stage()}">\n{scripts}</head>\n'
         f'<body>\n<div id="leanscope" data-item="{item}"></div>\n'
         f'<noscript><main class="plain"><h1>{html.escape(question)}</h1>'
         "<p>Leanscope draws its pictures in the browser, and needs JavaScript for that.</p></main></noscript>\n"
@@ -40,19 +41,25 @@ def message(title: str, line: str, path: str) -> str:
     """A page that says why there is nothing at `path`."""
     up = "../" * max(0, path.count("/") - 1) or "./"
     return (
-        f'{_head(f"{title} Leanscope", line, up)}</head>\n<body><main class="plain"><h1>{html.escape(title)}</h1>'
+        f'{head(f"{title} Leanscope", line, _icon(up))}</head>\n<body><main class="plain"><h1>{html.escape(title)}</h1>'
         f'<p>{html.escape(line)}</p><p><a href="{up}">All lessons</a></p></main></body>\n</html>\n'
     )
 
 
-def _head(title: str, description: str, up: str) -> str:
+def _icon(up: str) -> str:
     icon = assets.icon()
+    return f"{up}assets/{icon}" if icon else "data:,"
+
+
+def head(title: str, description: str, icon: str, policy: str = "") -> str:
+    """A document up to where its own links go. `policy` is the Content-Security-Policy where no server sends one."""
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">\n' if policy else ""
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{meta}'
         f"<title>{html.escape(title)}</title>\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="description" content="{html.escape(description)}">\n'
         '<meta name="theme-color" media="(prefers-color-scheme: light)" content="#FAF8F3">\n'
         '<meta name="theme-color" media="(prefers-color-scheme: dark)" content="#101317">\n'
-        f'<link rel="icon" href="{f"{up}assets/{icon}" if icon else "data:,"}">\n<style>{STYLE}</style>\n'
+        f'<link rel="icon" href="{icon}">\n<style>{STYLE}</style>\n'
     )

@@ -27,6 +27,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 STYLES = FOLDER.parents[1] / "assets" / "styles"
 ENTRY = "page.js"
+PLAYER = "still.js"
 KEPT = 86_400  # seconds that an older bundle is left for servers that still serve it
 
 _IMPORT = re.compile(r'^import\s*\{([^}]*)\}\s*from\s*"\./([\w-]+\.js)";\n?', re.M)
@@ -54,6 +55,17 @@ def bundle(folder: Path = FOLDER, entry: str = ENTRY, *, css: str | None = None)
     _refuse_clashes(modules)
     parts = [f"// {name}\n{_joined(name, text, entry)}" for name, text in modules.items()]
     return "\n".join(parts)
+
+
+def script(folder: Path = FOLDER) -> str:
+    """The page and what plays files to it (PLAYER) as one plain script: a page opened from disk may load no module."""
+    modules: dict[str, str] = {}
+    for name in (ENTRY, PLAYER):
+        _collect(folder, name, f"export const STYLES = {json.dumps(styles(), ensure_ascii=False)};\n", modules, ())
+    _refuse_clashes(modules)
+    parts = [f"// {name}\n{_joined(name, text, ENTRY)}" for name, text in modules.items()]
+    joined = "\n".join(parts).replace("export default { render };", "")
+    return f'(() => {{\n"use strict";\n{joined}\nplayFiles(render);\n}})();\n'
 
 
 def bundle_file(folder: Path = FOLDER) -> Path:
