@@ -96,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", nargs="?", const="", metavar="FILE", help="save the recording (leanscope-SLUG.safetensors)"
     )
 
+    exporting = command("export", _export, "Write the pages as files that play from anywhere, without a server.")
+    exporting.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
+    exporting.add_argument("slugs", nargs="*", metavar="SLUG", help="some lessons; all by default")
+    exporting.add_argument("--model", default="", metavar="M", help="record this model in place of the default one: toy")
+    exporting.add_argument("--defaults", action="store_true", help="record the defaults, and no other snapshot")
+    exporting.add_argument("--engine", default="", metavar="URL", help="where a server runs what is not recorded")
+    exporting.add_argument("--check", action="store_true", help="write nothing: compare DIR with its checksums")
+
     claiming = command("claims", _claims, "Run lessons at their defaults and check what their sources say.")
     claiming.add_argument("slugs", nargs="*", metavar="SLUG")
     claiming.add_argument("--json", action="store_true")
@@ -196,6 +204,36 @@ def _run(options: argparse.Namespace) -> None:
         except Exception as error:
             raise Failed(f"{target} could not be written: {error}") from error
         print(f"saved {target} ({target.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from app import export, fonts
+    from app.runs import Runs
+    from app.store import Store
+    from lessons import all_lessons
+
+    if options.check:
+        wrong, note = export.check(options.folder)
+        for line in [*wrong, note] if note else wrong:
+            print(line)
+        if not wrong:
+            print(f"{options.folder} is as it was exported.")
+        return int(bool(wrong))
+    if options.engine and not options.engine.startswith(("http://", "https://")):
+        raise Wrong(f"--engine takes an address that begins with http:// or https://, not {options.engine[:60]!r}")
+    chosen = [_lesson(slug) for slug in dict.fromkeys(options.slugs)] or list(all_lessons().values())
+    asked = export.Options(options.model, options.defaults, options.engine)
+    runs = Runs(Store(fonts.cache_folder() / "runs"), workers=1)
+    try:
+        manifest = export.export(options.folder, chosen, runs, asked, _progress)
+    except export.ExportError as error:
+        raise Failed(str(error)) from error
+    finally:
+        runs.close(timeout=1)
+    size = sum(about["bytes"] for about in manifest["files"].values())
+    count = len(manifest["files"])
+    print(f"{options.folder} has {len(chosen)} lessons in {count} files, {size / 1e6:.0f} MB; open index.html")
+    return 0
 
 
 def _claims(options: argparse.Namespace) -> int:

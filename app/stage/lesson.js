@@ -13,6 +13,7 @@ import { Player } from "./player.js";
 import { expose, presenting } from "./present.js";
 import { createPresenter } from "./presenter.js";
 import { createPulse } from "./pulse.js";
+import { markRecorded } from "./recorded.js";
 import { createReel } from "./reel.js";
 import { createRoom } from "./room.js";
 import { createScene } from "./scene.js";
@@ -100,6 +101,7 @@ export function lessonPage({ root, model, places, theme }) {
     },
   );
   const models = inHeader ? createModels(lesson.models, values.model, (value) => knobs.set("model", value)) : null;
+  if (lesson.recorded) markRecorded(lesson.recorded, lesson, knobs, models);
   const sendPlace = throttled(() => send({ type: "place", beat: beats.index, step: player.step }), PLACE_EVERY);
   const moved = () => {
     sendPlace();
