@@ -17,8 +17,8 @@ import numpy as np
 from engine.caches.full import Full
 from engine.evaluate import surprisals
 from engine.quant.affine import Quantised
-from engine.quant.kmeans import Codebook
-from engine.recording import Recording, event, site, step, tap
+from engine.quant.kmeans import Codebook, kmeans
+from engine.recording import Recording, event, record, site, step, tap
 from lessons.views import Arithmetic, Bars, Curves, Grid, Line, Number, Numbers, knob, of
 
 VALUES = site("microscope.values", "the values before rounding", symbol="w")
@@ -34,6 +34,9 @@ SEEN = site("microscope.seen", "how many values are through")
 SQUARED = site(
     "microscope.squared", "mean squared error of the values that are through", symbol="mean (ŵ − w)²", low=0.0
 )
+DISTORTION = site(
+    "microscope.distortion", "sum of squared distances to the nearest centroid", symbol="Σ|w−c|²", low=0.0
+)
 TYPED = site("microscope.typed", "1 where the matrix is the learner's own, 0 where it comes from the model")
 BITS = site("microscope.bits", "bits: as it was, codes, scales and zero points, all, all a value", unit="bits")
 NEXT = site("microscope.next", "probability of the next token", low=0.0, high=1.0)
@@ -42,6 +45,8 @@ MOVED = site("microscope.moved", "how far the distribution moved: KL divergence 
 PERPLEXITY = site("microscope.perplexity", "e to the mean surprisal of the text so far")
 AT = site("microscope.at", "tokens of the text that are read")
 
+PARTS = {"queries, keys, values": "mixer.qkv", "attention’s output": "mixer.out", "gate and up": "ffn.gate_up",
+         "down": "ffn.down"}  # fmt: skip
 ROWS, COLUMNS = 16, 32  # of a matrix that is looked at: more cells would not travel exactly
 FALLS = 24  # steps in which the values of a matrix fall
 SHOWN = 6  # likeliest tokens, before and after
@@ -105,6 +110,22 @@ def look_at_codebook(x: Any, book: Codebook, **index: Any) -> None:
         x, book.codes, book.reconstruct(), levels=levels, ends=(0, levels.shape[1] - 1), block=blocks_of(book.grid, x),
         **index,
     )  # fmt: skip
+
+
+def show_kmeans(x: Any, *, bits: int, **index: Any) -> Codebook:
+    """K-means at work on a small matrix: a step for each of its own, with the sum of squared distances. Keywords of
+    `kmeans` (granularity, group, start) are handed on; the rest are the taps' index."""
+    asked = {name: index.pop(name) for name in ("granularity", "group", "start") if name in index}
+    with record(keep={"kmeans.*": {}}) as seen:
+        book = kmeans(x, bits=bits, most_steps=40, **asked)
+    moves, blocks = seen.freeze(), blocks_of(book.grid, x)
+    tracks = (moves.track(f"kmeans.{name}").rows() for name in ("codes", "centroids", "distortion"))
+    for (_, codes), (_, levels), (_, loss) in zip(*tracks, strict=True):
+        look_at(x, codes, levels[blocks, codes], levels=levels, ends=(0, 2**bits - 1), block=blocks, **index)
+        tap(DISTORTION, float(loss[0]), "", **index)
+        count_of(book, **index)
+        step(label="k-means")
+    return book
 
 
 def blocks_of(grid: Any, x: Any) -> np.ndarray:

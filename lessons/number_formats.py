@@ -17,7 +17,7 @@ from lessons import microscope
 from lessons.cells import LECTURE, Matrix, numbers
 from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
-from lessons.microscope import corner, look_at, next_token, next_views, perplexities, read_on, walk
+from lessons.microscope import PARTS, corner, look_at, next_token, next_views, perplexities, read_on, walk
 from lessons.models import TOY, choice, load
 from lessons.texts import NAMES, text_ids
 from lessons.views import BitRow, Bits, Number, Numbers, Plane, Points, Ruler, Rulers, knob, of
@@ -33,8 +33,6 @@ MEGABYTES = site("formats.megabytes", "what the linear layers' weights take", un
 RESULT = site("formats.perplexity", "perplexity on the text, with weights that were stored in the format")
 OCTAVES = (-64, 64)
 SAMPLE = 16_384  # values of a layer that are dropped: as many as tell, as few as are quick
-PARTS = {"queries, keys, values": "mixer.qkv", "attention’s output": "mixer.out", "gate and up": "ffn.gate_up",
-         "down": "ffn.down"}  # fmt: skip
 KINDS = {"The model’s weights": "weights", "The residual stream": "residual", "Its squares, for a norm": "squares"}
 SHORT = {"fp8 e4m3fn": "fp8 e4m3", "nf4": "NF4"}
 COLOURS = dict(zip(FORMATS, ("ink", "query", "value", "key", "sink", "recomputed", "heavy", "recent"), strict=True))
@@ -44,7 +42,7 @@ DETAILS = {
 }  # fmt: skip
 
 
-CAVEAT = "And mind: these weights came here from a 4-bit grid, which flatters int4."
+CAVEAT = "Mind: these weights came here from a 4-bit grid; others may lose more, or less."
 
 
 class Turn(Knobs):
@@ -59,7 +57,7 @@ class Turn(Knobs):
     matrix = Matrix(LECTURE, label="Cells", doc="Type, or paste from a spreadsheet.")
     layer = param.Integer(12, bounds=(0, 29), label="Layer", doc="Whose weights are looked at.")
     part: param.Selector = param.Selector(default="ffn.down", objects=dict(PARTS), label="Which weights")
-    values: param.Selector = param.Selector(default="weights", objects=dict(KINDS), label="Dropped on the rulers")
+    dropped: param.Selector = param.Selector(default="weights", objects=dict(KINDS), label="Dropped on the rulers")
     text: param.Selector = param.Selector(default="bread", objects=dict(NAMES), label="Text")
     own = param.String("Once upon a time", label="Your own text", doc="Read when Text is “Your own”.")
     tokens = param.Integer(96, bounds=(32, 192), label="Tokens read", doc="For the perplexities.")
@@ -80,7 +78,7 @@ def run(knobs: Turn) -> None:
     if len(ids) < 8:
         raise ValueError(f"The text has {len(ids)} tokens; at least 8 are needed for a perplexity.")
     ids = model.embed.weight.new_tensor([ids]).long()
-    _drop(model, ids, knobs.values)
+    _drop(model, ids, knobs.dropped)
     _cost(model, tokenizer, ids, form)
 
 
@@ -213,6 +211,7 @@ def facts(recording: Recording) -> dict[str, Any]:
         "walked": max(i for i, label in enumerate(labels) if label == "value"),
         "dropped": max(i for i, label in enumerate(labels) if label == "layer"),
         "last": len(labels) - 1,
+        "sixteen": [i for i, label in enumerate(labels) if label == "format"][2],
         **spans,
         **{f"mb_{key[name]}": size[name] for name in FORMATS},
         **{f"ppl_{key[name]}": ppl[name] for name in FORMATS},
@@ -313,7 +312,7 @@ BEATS = (
         "Weights are small. What flows between layers is not: the [[residual stream]] of this text reaches "
         "{residual_largest:,.0f}, and a norm squares it: {square_largest:.2g}. Drop **its squares** on the rulers: "
         "fp16 loses {squares_over:,} numbers to infinity, bf16 none.",
-        scene="range", step="dropped", focus="rulers", do=Do("Drop the squares", knob="values"),
+        scene="range", step="dropped", focus="rulers", do=Do("Drop the squares", knob="dropped"),
     ),
     Beat(
         "Store a whole ==matrix|matrix==. Each value falls onto the nearest level that the format has; the largest "
@@ -323,15 +322,20 @@ BEATS = (
     ),
     Beat(
         "What does a whole model lose? Half the bits are half the memory: {mb_fp32:.4g} MB of weights, then "
-        "{mb_fp16:.4g}, {mb_e4m3:.4g}, and {mb_int4:.4g} with scales. This text is read at a [[perplexity]] of "
-        "{ppl_fp32:.1f} in 32 bits, and of {ppl_bf16:.1f} in bf16.",
+        "{mb_fp16:.4g}, then {mb_e4m3:.4g}. In 32 bits this text is read at a [[perplexity]] of {ppl_fp32:.1f}, in "
+        "bf16 at {ppl_bf16:.1f}.",
+        scene="cost", step="sixteen", play=True, focus="plane",
+        predict=Predict("With two bits of mantissa, in fp8 e5m2, the perplexity is about … times as high",
+                        (1, 1.2, 2, 10), "e5m2_factor", format=".2f", unit="×"),
+    ),
+    Beat(
+        "{ppl_e5m2:.1f}: rough weights, the same words. At four bits it begins to matter where the levels lie: even "
+        "steps, int4, {ppl_int4:.1f}; NF4, whose levels lie where weights are frequent, {ppl_nf4:.1f}. {caveat}",
         scene="cost", step="last", play=True, focus="plane",
-        predict=Predict("In fp8 e5m2, with two bits of mantissa, the perplexity will be about", (1, 1.1, 1.5, 10),
-                        "e5m2_factor", format=".2f", unit="×"),
     ),
     Beat(
         "Break it. Find a number that bf16 keeps and fp16 loses; one that fp8 e4m3 stores exactly and e5m2 does not. "
-        "Type a cell of 70000, or 1e-9. {caveat}",
+        "Type a cell of 70000, or of 1e-9. Which formats turn it into infinity, which into nothing?",
         scene="bits", step="walked", focus="matrix",
     ),
 )
@@ -432,5 +436,5 @@ LESSON = Lesson(
     glossary=GLOSSARY,
     bounded_by={"layer": "layers"},
     step_word="step",
-    seconds=600,
+    seconds=900,
 )

