@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import weakref
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from bokeh.document.events import MessageSentEvent
 from bokeh.model import Model
 from panel.custom import JSComponent
 from panel.models.esm import ESMEvent
-from panel.util import classproperty
 
 from app import assets, fonts, link
 from app.answers import Message
@@ -50,23 +49,22 @@ class Address:
 
 
 class Page(JSComponent):
-    """What both pages share: the stage's module under its own address, and nothing synced back from the browser."""
+    """What both pages share: the stage, and nothing synced back from the browser.
+
+    `stage` is the address of the stage's module; or its text, where no server gives out files (in a notebook's cell).
+    """
 
     start = param.Dict(default={}, doc="Where it begins.")
     places = param.Dict(default={}, doc="Where other files are.")
 
     __abstract = True
 
-    def __init__(self, up: str, **params: Any) -> None:
+    def __init__(self, stage: str, **params: Any) -> None:
         super().__init__(sizing_mode="stretch_width", margin=0, **params)
-        self._up = up
-
-    @classproperty
-    def _bundle_path(cls) -> Path:  # noqa: N805
-        return assets.stage_file()
+        self._stage = stage
 
     def _render_esm(self, compiled: Any = True, server: bool = False) -> str:  # type: ignore[override]
-        return f"{self._up}assets/{assets.stage()}"
+        return self._stage
 
     @property
     def _linked_properties(self) -> tuple[str, ...]:
@@ -74,7 +72,8 @@ class Page(JSComponent):
 
     def _get_properties(self, doc: Document | None) -> dict[str, Any]:
         # Panel's own style sheets would come from another host, and the stage brings its own.
-        return {**super()._get_properties(doc), "stylesheets": []}
+        known = "url" if self._stage.endswith(".js") else hashlib.sha256(self._stage.encode()).hexdigest()
+        return {**super()._get_properties(doc), "stylesheets": [], "bundle": known}
 
 
 class LessonPage(Page):
@@ -87,6 +86,11 @@ class LessonPage(Page):
     def _handle_msg(self, data: Any) -> None:
         if self.session is not None:
             self.session.receive(data)
+
+    def _cleanup(self, root: Model | None = None) -> None:
+        super()._cleanup(root)
+        if self.session is not None and not self._models:
+            self.session.close()
 
 
 class HomePage(Page):
@@ -102,22 +106,58 @@ def build(doc: Document, address: Address, runs: Runs) -> None:
     places = {"fonts": f"{address.up}fonts/" if fonts.folder() is not None else "", "home": address.up}
     if address.rooms:
         places["rooms"] = f"{address.up}room"
+    stage = f"{address.up}assets/{assets.stage()}"
     lesson = all_lessons().get(address.slug) if address.slug else None
     if lesson is None:
-        home = HomePage(address.up, course=course(address.up), start={"present": address.present}, places=places)
+        home = HomePage(
+            stage, course=course(f"{address.up}lesson/{{}}"), start={"present": address.present}, places=places
+        )
         home.server_doc(doc, "Leanscope", location=False)
         return
     place, problems = link.decode(lesson, address.token)
+    linked = bool(address.token) and not problems
+    page = lesson_page(lesson, place, runs, stage, places, linked=linked, notices=problems, present=address.present)
+    open_on(doc, page, lesson, place, runs, present=address.present)
+
+
+def lesson_page(
+    lesson: Lesson,
+    place: link.Place,
+    runs: Runs,
+    stage: str,
+    places: Message,
+    *,
+    linked: bool = False,
+    notices: Sequence[str] = (),
+    present: bool = False,
+    address: str = "{}",
+) -> LessonPage:
+    """The page of a lesson, without its session. `address` is where other lessons are, {} standing for the slug."""
+    problem = [runs.store.problem] if runs.store.problem else []
     start = {
         "knobs": place.knobs.values(),
         "beat": place.beat,
-        "step": place.step if address.token and not problems else None,  # None: the beat says where
-        "notices": [*problems, runs.store.problem] if runs.store.problem else problems,
-        "present": address.present,
+        "step": place.step if linked else None,  # None: the beat says where
+        "notices": [*notices, *problem],
+        "present": present,
     }
-    page = LessonPage(address.up, lesson={**about(lesson.slug), "models": models(lesson)}, start=start, places=places)
+    told = {**about(lesson), "lessons": menu(address) if address else [], "models": models(lesson)}
+    return LessonPage(stage, lesson=told, start=start, places=places)
+
+
+def open_on(
+    doc: Document,
+    page: LessonPage,
+    lesson: Lesson,
+    place: link.Place,
+    runs: Runs,
+    *,
+    present: bool = False,
+    here: str = "",
+) -> None:
+    """Put the page on a server's document, and open its session. `here` is this page's name in links, else its slug."""
     page.server_doc(doc, f"{lesson.title} · Leanscope", location=False)
-    session = Session(lesson, place, runs, functools.partial(post, doc, doc.roots[0]), present=address.present)
+    session = Session(lesson, place, runs, functools.partial(post, doc, doc.roots[0]), present=present, here=here)
     page.session = session
     _sessions[doc] = session
     doc.on_session_destroyed(lambda context: session.close())
@@ -165,14 +205,32 @@ def size(message: Message) -> int:
     return 500 + sum(value.nbytes for value in message.values() if isinstance(value, np.ndarray))
 
 
-@functools.cache
-def about(slug: str) -> Message:
-    """What of a lesson never changes while the server runs."""
-    lesson = all_lessons()[slug]
-    menu = [
-        {"slug": other.slug, "title": other.title, "part": other.part, "order": other.order, "href": other.slug}
+def menu(address: str) -> list[Message]:
+    """All lessons, for the menu of each."""
+    return [
+        {
+            "slug": other.slug,
+            "title": other.title,
+            "part": other.part,
+            "order": other.order,
+            "href": address.format(other.slug),
+        }
         for other in all_lessons().values()
     ]
+
+
+_about: dict[str, tuple[Lesson, Message]] = {}
+
+
+def about(lesson: Lesson) -> Message:
+    """What of a lesson never changes while the server runs."""
+    known = _about.get(lesson.slug)
+    if known is None or known[0] is not lesson:
+        known = _about[lesson.slug] = (lesson, _describe(lesson))
+    return known[1]
+
+
+def _describe(lesson: Lesson) -> Message:
     return {
         "slug": lesson.slug,
         "title": lesson.title,
@@ -188,7 +246,6 @@ def about(slug: str) -> Message:
             {**spec, "look": spec["name"] in lesson.looks, "bounded_by": lesson.bounded_by.get(spec["name"], "")}
             for spec in lesson.knobs.spec()
         ],
-        "lessons": menu,
     }
 
 
@@ -205,15 +262,15 @@ def models(lesson: Lesson) -> list[Message]:
     return found
 
 
-def course(up: str) -> list[Message]:
-    """The whole course, for the index; lessons still to come have no address."""
+def course(address: str) -> list[Message]:
+    """The whole course, for the index; lessons still to come have no address, others `address` with their slug."""
     parts = []
     for part, rows in outline.course():
         lessons = []
         for _, slug, title, question, lesson in rows:
             card: Message = {"slug": slug, "title": title, "question": question}
             if lesson is not None:
-                card["href"] = f"{up}lesson/{slug}"
+                card["href"] = address.format(slug)
                 if slug in _previews:
                     card["preview"] = _previews[slug]
             lessons.append(card)

@@ -52,6 +52,11 @@ def begin(*, folder: Path | None = None, warm: bool | None = None) -> Runs:
         return _runs
 
 
+def is_asked(doc: Document) -> bool:
+    """Whether the document is a visit to our own server: its session tells which page was asked for."""
+    return "page" in getattr(doc.session_context, "token_payload", {})
+
+
 def rooms() -> Rooms:
     """The rooms of this process; the first call, on the server's loop, makes them."""
     global _rooms

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from app import answers, link
+from app import answers, ipynb, link
 from app.ahead import Ahead
 from app.answers import STEPS, Message, notice, whole
 from app.picture import Feed, track_id
@@ -49,8 +49,11 @@ class Session:
         send: Callable[[list[Message]], Awaitable[None]],
         *,
         present: bool = False,
+        here: str | None = "",
     ) -> None:
+        """`here` is this page's name in a link to it, where that is not the lesson's slug; None: it has no address."""
         self.lesson = lesson
+        self._here = lesson.slug if here == "" else here
         self.knobs = place.knobs
         self.beat, self.step = place.beat, place.step
         self.scene = lesson.scenes[0].name if lesson.scenes else ""
@@ -203,6 +206,9 @@ class Session:
 
     def _on_download(self, message: Mapping[str, Any]) -> None:
         what, run = message.get("what"), self.run
+        if what == "notebook":
+            self._later(functools.partial(ipynb.file, self.lesson, self.knobs))
+            return
         if not isinstance(what, str) or what not in answers.KINDS:
             return
         if run is None or run.recording is None:
@@ -339,11 +345,11 @@ class Session:
     def _moved(self) -> list[Message]:
         """The link, when the place is another."""
         token = link.encode(self.lesson, link.Place(self.knobs, self.beat, self.step))
-        if token == self._linked:
+        if token == self._linked or self._here is None:
             return []
         self._linked = token
         query = "&".join(["present=1"] * self._present + [f"s={token}"] * bool(token))
-        return [{"type": "link", "href": f"{self.lesson.slug}?{query}".rstrip("?")}]
+        return [{"type": "link", "href": f"{self._here}?{query}".rstrip("?")}]
 
     def _status_of(self, run: Run) -> Message:
         return {

@@ -1,7 +1,10 @@
-"""The application that `panel serve app/site.py --plugins app.plugin` runs for each visitor."""
+"""The application that `panel serve app/site.py --plugins app.plugin` runs for each visitor, and Jupyter's preview."""
 
 from bokeh.io import curdoc
 
-from app.serve import fill
+from app import notebook, serve
 
-fill(curdoc())
+if serve.is_asked(curdoc()):
+    serve.fill(curdoc())
+else:
+    notebook.index(curdoc())

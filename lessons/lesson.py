@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from engine.recording import Recording
@@ -21,6 +22,10 @@ PARTS = (
     "Teach it cheaply",
     "Put it together",
 )
+
+# What Bokeh calls a file that it runs as an application, as Jupyter's preview does with a lesson's: then the lesson
+# shows itself.
+SERVED = "bokeh_app_"
 
 Verdict = Literal["agrees", "differs", "untestable"]
 
@@ -168,6 +173,18 @@ class Lesson:
         strange = {name for knobs in self.snapshots.values() for name in knobs} - set(self.knobs.names())
         if strange:
             raise ValueError(f"snapshots of {self.slug} names no knob: {sorted(strange)}")
+        if str(self.run.__module__).startswith(SERVED):
+            self.show()
+
+    def show(self, **knobs: Any) -> Any:
+        """This lesson, live, in a notebook; `knobs` are turned to what is given.
+
+        What draws it is looked up under the entry point "leanscope: show", so that no lesson knows of a screen.
+        """
+        found = tuple(entry_points(group="leanscope", name="show"))
+        if not found:
+            raise RuntimeError("Nothing here can show a lesson: install Leanscope itself, by `pip install -e .`.")
+        return found[0].load()(self, knobs)
 
     def run_values(self, knobs: Knobs) -> dict[str, Any]:
         """The knobs that decide what is computed: a run's identity."""

@@ -34,11 +34,11 @@ export function createHeader({ lesson, home, models, theme, share, present, tool
   return make(
     "header",
     { class: "top" },
-    make("a", { class: "brand", href: home || "/", "aria-label": "Leanscope, all lessons" }, mark(), make("span", {}, "Leanscope")),
+    home === null ? make("span", { class: "brand" }, mark(), make("span", {}, "Leanscope")) : make("a", { class: "brand", href: home || "/", "aria-label": "Leanscope, all lessons" }, mark(), make("span", {}, "Leanscope")),
     lesson ? crumbs(lesson) : make("span", { class: "grow" }),
     models ? models.element : null,
     tools,
-    make("div", { class: "top-buttons" }, lesson ? shareButton : null, presentButton, more.length ? moreMenu(more) : null, themeButton),
+    make("div", { class: "top-buttons" }, lesson && home !== null ? shareButton : null, home !== null ? presentButton : null, more.length ? moreMenu(more) : null, themeButton),
   );
 }
 

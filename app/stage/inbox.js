@@ -77,6 +77,8 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
     link(message) {
       const url = new URL(message.href, location.href);
       if (url.origin !== location.origin || location.protocol === "file:") return;
+      const kernel = new URLSearchParams(location.search).get("kernel"); // which one Jupyter's preview runs the lesson in
+      if (kernel) url.searchParams.set("kernel", kernel);
       href = url.href;
       history.replaceState(history.state, "", url);
     },

@@ -26,6 +26,7 @@ export function listenKeys(actions, where = document, firm = () => false) {
     if (path.some((node) => node.nodeName === "DIALOG")) return;
     const target = path[0];
     if (!action || (owns(target, event.key) && !(firm(event.key) && target.type === "range"))) return;
+    if (where !== document) event.stopPropagation(); // a notebook has keys of its own
     if (action() !== false) event.preventDefault();
   };
   where.addEventListener("keydown", press);

@@ -130,6 +130,7 @@ export function lessonPage({ root, model, places, theme }) {
   const presenter = createPresenter({ lesson, root, places, present, beats, player, reel, notices, send, inHand, toggle, redraw: () => themed() });
   const room = createRoom({ lesson, values, player, beats, knobs, models, notices, root, showScene, scene: () => scene }, places);
   const more = room ? [room.offer] : []; // what the header's menu offers: {label, title, act}
+  if (!places.embedded) more.push({ label: "Open as notebook", title: "A .ipynb with these knobs, for Jupyter", act: () => send({ type: "download", what: "notebook" }) });
   const takeaway = createTakeaway({
     lesson,
     folder: places.fonts,
@@ -195,6 +196,7 @@ export function lessonPage({ root, model, places, theme }) {
 
   const pulse = createPulse({
     send,
+    quiet: places.embedded,
     onAway() {
       presenter.away = true;
       notices.away();
@@ -227,7 +229,7 @@ export function lessonPage({ root, model, places, theme }) {
       present.lift();
     },
     ...presenter.keys,
-  }, document, (key) => present.on() && key.startsWith("Page"));
+  }, places.embedded ? root : document, (key) => present.on() && key.startsWith("Page"));
 
   const resized = new ResizeObserver(() => {
     scenes.resize();

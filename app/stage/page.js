@@ -5,6 +5,7 @@
 import { lessonPage } from "./lesson.js";
 import { make } from "./dom.js";
 import { homePage } from "./home.js";
+import { plainModel } from "./model.js";
 import { STYLES } from "./styles.js";
 import { createTheme, loadFonts } from "./theme.js";
 
@@ -16,17 +17,18 @@ function dress(el) {
   root.adoptedStyleSheets = [...root.adoptedStyleSheets, sheet];
 }
 
-function render({ model, el }) {
-  const root = make("div", { class: "leanscope" });
+function render({ model: given, el }) {
+  const model = plainModel(given);
+  const places = model.get("places") || {};
+  const root = make("div", { class: places.embedded ? "leanscope embedded" : "leanscope" });
   dress(el);
   el.append(root);
-  const places = model.get("places") || {};
   let page = null;
   const theme = createTheme(root, () => {
-    document.documentElement.style.background = getComputedStyle(root).getPropertyValue("--paper");
+    if (!places.embedded) document.documentElement.style.background = getComputedStyle(root).getPropertyValue("--paper");
     page?.themed();
   });
-  document.body.style.margin = "0";
+  if (!places.embedded) document.body.style.margin = "0";
   page = !model.get("lesson")?.slug ? homePage({ root, model, places, theme }) : lessonPage({ root, model, places, theme });
   loadFonts(places.fonts, () => page.themed());
   model.on("remove", () => {

@@ -8,8 +8,8 @@ const PATIENCE = 2500; // for a pong, before asking by HTTP
 const RETRY = 1500; // between questions by HTTP
 const GRACE = 4000; // for the old session to speak, once the server answers by HTTP
 
-/** `onBack(known)`: the server is there, this session is not; `known` when it ever was. */
-export function createPulse({ send, onAway, onBack, onHere }) {
+/** `onBack(known)`: the server is there, this session is not; `known` when it ever was. `quiet` asks nothing. */
+export function createPulse({ send, onAway, onBack, onHere, quiet = false }) {
   let asked = 0; // when the oldest unanswered ping left, or 0
   let there = 0; // since when the server answers by HTTP, or 0
   let state = "here";
@@ -38,7 +38,7 @@ export function createPulse({ send, onAway, onBack, onHere }) {
     }
   };
 
-  const timers = [setInterval(ping, EVERY), setInterval(look, RETRY)];
+  const timers = quiet ? [] : [setInterval(ping, EVERY), setInterval(look, RETRY)];
   return {
     /** Any message shows that the session lives. */
     heard() {

@@ -2,9 +2,9 @@
 export default {
   render({ model, el }) {
     const got = [];
-    window.waves = { got, lesson: model.get("lesson"), course: model.get("course"), start: model.get("start"), places: model.get("places"), send: (m) => model.send_msg(m) };
-    model.on("msg:custom", (event) => got.push(event.data));
-    el.textContent = model.get("lesson")?.title ?? "index";
+    window.waves = { got, lesson: model.lesson, course: model.course, start: model.start, places: model.places, send: (m) => model.send_msg(m) };
+    model.on("msg:custom", (message) => got.push(message));
+    el.textContent = model.lesson?.title ?? "index";
     model.send_msg({ type: "ready" });
   },
 };
