@@ -10,7 +10,6 @@ import importlib
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,6 +30,7 @@ from engine.packed import pack
 from engine.recording import record
 from engine.speculate.lookup import Lookup
 from engine.speculate.loop import speculate
+from engine.timing import in_turns
 from engine.train import train
 from engine.zoo import find
 
@@ -83,18 +83,7 @@ class Row:
 
 def race(contenders: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, Seconds]:
     """Seconds of each, taking turns; the first round warms up and does not count."""
-    if rounds < 1:
-        raise ValueError(f"rounds must be above 0, not {rounds}")
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds + 1):
-        for name, work in contenders.items():
-            wait()
-            start = time.perf_counter()
-            work()
-            wait()
-            if i:
-                times[name].append(time.perf_counter() - start)
+    times = in_turns(contenders, rounds=rounds, where=hardware.device())
     return {name: Seconds(statistics.median(taken), min(taken)) for name, taken in times.items()}
 
 

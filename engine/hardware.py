@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +18,8 @@ from pathlib import Path
 from threading import RLock
 
 import torch
+
+from engine.timing import now
 
 CPU_CACHES = Path("/sys/devices/system/cpu")
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -174,13 +175,9 @@ def _best(work: Callable[[], object], where: torch.device, *, seconds: float, le
     work()
     times: list[float] = []
     while len(times) < least or sum(times) < seconds:
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        start = time.perf_counter()
+        began = now(where)
         work()
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        times.append(time.perf_counter() - start)
+        times.append(now(where) - began)
     return min(times)
 
 

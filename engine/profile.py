@@ -31,6 +31,7 @@ from engine.mixers.rope import rope_tables
 from engine.mixers.softmax import SoftmaxAttention
 from engine.model import Decoder
 from engine.recording import site, tap
+from engine.timing import now
 
 OPERATIONS = ("embedding", "qkv", "attention", "out", "ffn", "norms", "head")
 PHASES = ("decode", "prefill")
@@ -123,14 +124,12 @@ class Clock:
     """How long each operation took, layer by layer and pass by pass: `taken`, in seconds."""
 
     def __init__(self, where: torch.device) -> None:
-        self._wait = torch.cuda.synchronize if where.type == "cuda" else None
+        self._where = where
         self._began: dict[str, float] = {}
         self.taken: dict[str, list[float]] = {}
 
     def now(self) -> float:
-        if self._wait is not None:
-            self._wait()
-        return time.perf_counter()
+        return now(self._where)
 
     def start(self, name: str) -> None:
         self._began[name] = self.now()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +15,7 @@ from engine.generate import generate
 from engine.mixers.cross_layer import borrowed
 from engine.mixers.early_exit import early_exit, exit_layer, prefill_multiplications
 from engine.recording import Recording, event, note, record, site, step, tap
+from engine.timing import in_turns
 from engine.toyland import Grammar, batch
 from engine.zoo import WINDOW
 from lessons.knobs import Knobs
@@ -165,20 +166,15 @@ def _leave(model: Any, ids: Any) -> None:
         kept = {e.fields["layer"] for e in seen.events if e.name == "layers.keep"}
         for layer in kept:
             done[i, layer] = np.maximum(done[i, layer], 0.5)
-    best = dict.fromkeys(ways, float("inf"))
     with record(keep={}):
-        for _ in range(15):
-            for name, way in ways.items():
-                began = time.perf_counter()
-                way(ids)
-                best[name] = min(best[name], (time.perf_counter() - began) * 1e3)
+        taken = in_turns({name: functools.partial(way, ids) for name, way in ways.items()}, rounds=15, warm_up=0)
     work = dict(zip(ways, prefill_multiplications(model, tokens=N), strict=True))
     note(apart=float((last["full"] - last["early"]).abs().max()), exit=exit_layer(model))
     for layer in range(layers):
         tap(DONE, np.where(np.arange(layers)[None, :, None] <= layer, done, 0.0), "way layer token")
         for name in ways:
             tap(WORK, work[name], "", way=name)
-            tap(MS, best[name], "", way=name)
+            tap(MS, min(taken[name]) * 1e3, "", way=name)
         step()
 
 

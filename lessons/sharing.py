@@ -11,8 +11,7 @@ more token adds to the cache, layer by layer, weighed where the layer hands its 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from engine.generate import generate
 from engine.model import Shape
 from engine.published import PUBLISHED
 from engine.recording import note, record, site, tap
+from engine.timing import in_turns
 from engine.toyland import Grammar, batch
 from engine.train import measure
 from engine.zoo import build
@@ -85,16 +85,15 @@ def milliseconds(models: Sequence[Any], *, tries: int = 9) -> list[float]:
     """
     ids = batch(Grammar(), seed=0, step=0, stream="test", **SERVED).ids
     caches = [Full(capacity=SERVED["length"] + tries) for _ in models]
-    best = [math.inf] * len(caches)
+
+    def decoding(model: Any, cache: Full) -> Callable[[], object]:
+        model.hidden(ids, cache=cache)
+        tokens = iter(ids.split(1, dim=1))
+        return lambda: model.hidden(next(tokens), cache=cache)
+
     with record(keep={}):
-        for model, cache in zip(models, caches, strict=True):
-            model.hidden(ids, cache=cache)
-        for t in range(tries):
-            for i, (model, cache) in enumerate(zip(models, caches, strict=True)):
-                began = time.perf_counter()
-                model.hidden(ids[:, t : t + 1], cache=cache)
-                best[i] = min(best[i], (time.perf_counter() - began) * 1e3)
-    return best
+        steps = {str(i): decoding(*pair) for i, pair in enumerate(zip(models, caches, strict=True))}
+        return [min(taken) * 1e3 for taken in in_turns(steps, rounds=tries, warm_up=0).values()]
 
 
 def compare(designs: Mapping[str, str], ids: Sequence[int]) -> None:

@@ -8,8 +8,7 @@ on a CPU the score matrix may stay in the caches, and the gain is then smaller t
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.exact.flash import Flash, flash_attention
 from engine.recording import record
+from engine.timing import in_turns
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -96,25 +96,6 @@ def enabled() -> dict[str, bool]:
     }
 
 
-def in_turns(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device | None = None
-) -> dict[str, list[float]]:
-    """Seconds of each in every round; a round before them warms up and does not count."""
-    if rounds < 1:
-        raise ValueError(f"rounds must be above 0, not {rounds}")
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
-    for i in range(rounds + 1):
-        for name, work in contenders.items():
-            wait()
-            start = time.perf_counter()
-            work()
-            wait()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 @torch.no_grad()
 def fused_against_naive(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, rounds: int = 5) -> Times:
     """Median seconds of the naive form and of PyTorch's own attention on these tensors, on their device."""
@@ -124,7 +105,7 @@ def fused_against_naive(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
             "fused": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal),
         },
         rounds=rounds,
-        device=q.device,
+        where=q.device,
     )
     kernel = kernel_that_ran(q, k, v, causal=causal)[0]
     return Times(statistics.median(taken["naive"]), statistics.median(taken["fused"]), kernel)

@@ -8,8 +8,8 @@ Errors: ValueError for no shares, sizes below 1, a share outside 0..1.
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from engine.hardware import MEASURING
 from engine.model import Decoder
 from engine.prune import check_share, zeros
 from engine.recording import site, step, tap
+from engine.timing import in_turns
 from engine.toyland import Grammar
 
 SHARE = site("prune.curve.share", "the share pruned that was asked for", low=0.0, high=1.0)
@@ -111,20 +112,10 @@ def timed(
     holes = weight.masked_fill(torch.rand(out, width, generator=generator) < sparsity, 0.0)
     few = weight[: max(1, round((1 - sparsity) * out))].clone()
     x = torch.randn(rows, width, generator=generator).to(where)
-    times: list[list[float]] = [[], [], []]
     with MEASURING:
-        weights = [w.to(where) for w in (weight, holes, few)]
-        for attempt in range(tries + 3):
-            for turn in range(3):
-                which = (turn + attempt) % 3  # none is always first, for what a busy machine does has a rhythm
-                began = _now(x)
-                F.linear(x, weights[which])
-                if attempt >= 3:
-                    times[which].append(_now(x) - began)
-    return Timing(*(statistics.median(took) for took in times))
-
-
-def _now(x: Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()
+        products = {
+            name: functools.partial(F.linear, x, w.to(where))
+            for name, w in (("dense", weight), ("zeros", holes), ("smaller", few))
+        }
+        times = in_turns(products, rounds=tries, where=x.device, warm_up=3, rotate=True)
+    return Timing(**{name: statistics.median(took) for name, took in times.items()})

@@ -15,7 +15,6 @@ hardware does, `TwoFourLinear` multiplies by the weight restored.
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from engine.prune import matrices
 from engine.quant import check_values
 from engine.quant.packing import pack, unpack
 from engine.recording import recording_on, site, tap
+from engine.timing import in_turns
 
 VALUES = site("two_four.values", "the two weights of each four that stay, side by side", symbol="W·")
 PLACES = site("two_four.places", "where each of them stood among its four", symbol="2-bit index", low=0.0, high=3.0)
@@ -143,16 +143,9 @@ def timed_on_cuda(size: int = 4096, *, rows: int = 4096, tries: int = 20, seed: 
     dense = (weight * mask(weight)).half().cuda()
     sparse = torch.sparse.to_sparse_semi_structured(dense)
     x = torch.randn(rows, size, generator=generator).half().cuda()
-    took: tuple[list[float], list[float]] = ([], [])
-    for attempt in range(tries + 3):  # the first three warm up
-        for times, matrix in zip(took, (dense, sparse), strict=True):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            F.linear(x, matrix)
-            torch.cuda.synchronize()
-            if attempt >= 3:
-                times.append(time.perf_counter() - began)
-    return statistics.median(took[0]), statistics.median(took[1])
+    products = {"dense": lambda: F.linear(x, dense), "sparse": lambda: F.linear(x, sparse)}
+    took = in_turns(products, rounds=tries, where=x.device, warm_up=3)
+    return statistics.median(took["dense"]), statistics.median(took["sparse"])
 
 
 def _check(weight: Tensor) -> None:

@@ -13,7 +13,7 @@ Deviations: whole subnets are timed, not single operators, so the sum also holds
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -24,6 +24,7 @@ from torch import Tensor
 from engine.model import Decoder, Shape
 from engine.recording import site, tap
 from engine.search.supernet import Subnet, extract
+from engine.timing import in_turns
 
 PREDICTED = site("search.latency.predicted", "time that the fitted sum foretells", low=0.0, unit="ms")
 MEASURED = site("search.latency.measured", "shortest time of the extracted subnet on this machine", low=0.0, unit="ms")
@@ -72,15 +73,11 @@ def timings(model: Decoder, subnets: Sequence[Subnet], ids: Tensor, *, repeats: 
     if repeats < 1 or not subnets:
         raise ValueError(f"repeats must be 1 or more and subnets not empty, not {repeats} and {len(subnets)}")
     models = [extract(model, subnet).eval() for subnet in subnets]
-    ids = ids.to(model.embed.weight.device)
-    seconds: list[list[float]] = [[] for _ in models]
-    for at in range(repeats + 1):
-        for made, taken in zip(models, seconds, strict=True):
-            began = _now(ids)
-            made(ids)
-            if at:
-                taken.append(_now(ids) - began)
-    return [1000 * min(taken) for taken in seconds]
+    where = model.embed.weight.device
+    ids = ids.to(where)
+    works = {str(i): functools.partial(made, ids) for i, made in enumerate(models)}
+    seconds = in_turns(works, rounds=repeats, where=where)
+    return [1000 * min(taken) for taken in seconds.values()]
 
 
 def compare(predictor: Predictor, subnets: Sequence[Subnet], ms: Sequence[float]) -> float:
@@ -120,9 +117,3 @@ def _ranks(x: Tensor) -> Tensor:
     less = (x[None] < x[:, None]).sum(1)
     same = (x[None] == x[:, None]).sum(1)
     return less + (same + 1).double() / 2
-
-
-def _now(ids: Tensor) -> float:
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
-    return time.perf_counter()

@@ -15,7 +15,6 @@ from engine.exact.fused import (
     enabled,
     flash_on_layer,
     fused_against_naive,
-    in_turns,
     kernel_that_ran,
     kernels_that_can,
     layer_qkv,
@@ -247,12 +246,6 @@ def test_both_forms_are_timed_on_the_same_tensors():
     times = fused_against_naive(q, k, v, rounds=3)
     assert times.naive > 0 < times.fused
     assert times.speedup == times.naive / times.fused
-    calls: list[str] = []
-    taken = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
-    assert calls == list("ababab")
-    assert [len(t) for t in taken.values()] == [2, 2]
-    with pytest.raises(ValueError, match="rounds"):
-        in_turns({}, rounds=0)
     torch.testing.assert_close(
         naive_attention(q, k, v, causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True)
     )
