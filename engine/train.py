@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from engine import hardware
+from engine import halfway, hardware
 from engine.auxiliary import auxiliary
 from engine.card import card
 from engine.model import Decoder
@@ -72,7 +70,8 @@ def train(
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
-    start, before = _resume(folder, model, optimiser, recipe) if folder is not None and resume else (0, 0.0)
+    path = None if folder is None else folder / "checkpoint.safetensors"
+    start, before = _resume(path, model, optimiser, recipe) if path is not None and resume else (0, 0.0)
     device = next(model.parameters()).device
     began = saved = time.monotonic()
     for at in range(start, recipe.steps):
@@ -89,8 +88,9 @@ def train(
         if after is not None:
             after(model)
         now = time.monotonic()
-        if folder is not None and (now - saved > every or at + 1 == recipe.steps):
-            _checkpoint(folder, model, optimiser, recipe, at + 1, before + now - began)
+        if path is not None and (now - saved > every or at + 1 == recipe.steps):
+            facts = {"recipe": _identity(recipe), "step": at + 1, "seconds": before + now - began}
+            halfway.keep(path, model, optimiser, **facts)
             saved = now
         tap(LOSS, loss, "")
         tap(FLOOR, math.log(texts.floor), "")
@@ -113,36 +113,12 @@ def data_digest(recipe: Recipe) -> str:
     return hashlib.sha256(recipe.text(0).ids.numpy().astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def _checkpoint(
-    folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, recipe: Recipe, at: int, seconds: float
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{i}.{name}": value for name, value in state.items()}
-    draft = folder / "checkpoint.part"
-    facts = {"recipe": _identity(recipe), "step": str(at), "seconds": str(seconds)}
-    save_file(tensors, draft, metadata=facts)
-    draft.replace(folder / "checkpoint.safetensors")  # at once, so that a crash leaves the old one whole
-
-
-def _resume(folder: Path, model: Decoder, optimiser: torch.optim.Optimizer, recipe: Recipe) -> tuple[int, float]:
-    """Load the checkpoint in `folder`, if there is a whole one of this recipe: the step to go on with, and seconds."""
-    try:
-        with safe_open(str(folder / "checkpoint.safetensors"), "pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("recipe") != _identity(recipe):
-                return 0, 0.0
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):
+def _resume(path: Path, model: Decoder, optimiser: torch.optim.Optimizer, recipe: Recipe) -> tuple[int, float]:
+    """Load the checkpoint at `path`, if there is a whole one of this recipe: the step to go on with, and seconds."""
+    facts = halfway.facts(path)
+    if facts.get("recipe") != _identity(recipe):
         return 0, 0.0
-    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = tensor
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    halfway.take_up(path, model, optimiser)
     return int(facts["step"]), float(facts["seconds"])
 
 

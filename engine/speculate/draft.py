@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine import checkpoints, hardware
+from engine import checkpoints, halfway, hardware
 from engine.model import Decoder
 from engine.packed import pack
 from engine.speculate.feature import FFN, Feature, packed
@@ -123,7 +123,7 @@ def train(
         optimiser.step()
         now = time.monotonic()
         if checkpoint is not None and (at + 1 == stop or now - saved > every):
-            _save(checkpoint, model, optimiser, at + 1)
+            halfway.keep(checkpoint, model, optimiser, step=at + 1)
             saved = now
         if progress is not None:
             progress(at + 1, steps, figures)
@@ -139,31 +139,13 @@ def _batch(files: Sequence[Path], rows: int, generator: torch.Generator) -> tupl
         return ids[first : first + rows].long(), hidden[first : first + rows]
 
 
-def _save(path: Path, model: Feature, optimiser: torch.optim.Optimizer, at: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{i}.{name}": value for name, value in state.items()}
-    part = path.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata={"step": str(at)})
-    part.replace(path)
-
-
 def _resume(path: Path | None, model: Feature, optimiser: torch.optim.Optimizer) -> int:
-    if path is None or not path.exists():
+    facts = halfway.facts(path) if path is not None else {}
+    if path is None or not facts:
         return 0
-    with safe_open(str(path), "pt") as file:
-        at = int((file.metadata() or {})["step"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    halfway.take_up(path, model, optimiser)
     model.take_head()  # the words are those of the checkpoint
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = tensor
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return at
+    return int(facts["step"])
 
 
 def make(
