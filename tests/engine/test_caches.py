@@ -1,6 +1,5 @@
 """Caches: each against the dense model, against StreamingLLM written as loops, and against itself in other portions."""
 
-import itertools
 import math
 
 import numpy as np
@@ -18,25 +17,11 @@ from engine.caches.window import Window
 from engine.mixers.rope import rope_tables
 from engine.read import Policy, read
 from engine.recording import record, tap
+from tests.engine.caches.common import fed, normed, portions
 from tests.engine.test_model import EXACT, SHAPE, decoder, furthest, text, turned
 
 VALUE = 8  # bytes of a float64
 A_TOKEN = 2 * SHAPE.layers * SHAPE.kv_heads * SHAPE.head_width * VALUE
-
-
-def fed(model, ids, cache, parts=None):
-    """The logits [B, T, V] of ids [B, T] brought in portions; one by one unless told otherwise."""
-    return torch.cat([model(part, cache=cache) for part in ids.split(parts or 1, 1)], 1)
-
-
-def portions(total):
-    """Hypothesis: how to cut `total` tokens."""
-    return st.lists(st.integers(1, total), min_size=0, max_size=6).map(lambda cuts: _cut(total, cuts))
-
-
-def _cut(total, cuts):
-    ends = sorted({*(c for c in cuts if c < total), total})
-    return [b - a for a, b in itertools.pairwise([0, *ends])]
 
 
 # --- the oracle ----------------------------------------------------------------------------------------------
@@ -71,10 +56,6 @@ def streaming_llm(model, ids, sinks, window):
             x = x + block.ffn.down.weight @ (gate * gate.sigmoid() * up)
         rows.append((model.embed.weight if s.tied else model.head.weight) @ normed(x, model.norm))
     return torch.stack(rows)
-
-
-def normed(x, norm):
-    return x / torch.sqrt((x * x).mean() + norm.eps) * norm.weight
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 5), (1, 4), (4, 6), (3, 1)])

@@ -45,7 +45,7 @@ def by_hand(model, ids, worth, *, chosen, recent, sinks=0):
     for t, token in enumerate(ids.tolist()):
         x = model.embed.weight[token]
         for block, heads in zip(model.blocks, memory, strict=True):
-            q, k, v = (block.mixer.qkv.weight @ _normed(x, block.norm1)).split([H * D, G * D, G * D])
+            q, k, v = (block.mixer.qkv.weight @ normed(x, block.norm1)).split([H * D, G * D, G * D])
             out = []
             for g, held in enumerate(heads):
                 if len(held) == sinks + chosen + recent:
@@ -61,12 +61,12 @@ def by_hand(model, ids, worth, *, chosen, recent, sinks=0):
                     for share, one in zip(shares, held, strict=True):
                         one["paid"] += share
             x = x + block.mixer.out.weight @ torch.cat(out)
-            gate, up = (block.ffn.gate_up.weight @ _normed(x, block.norm2)).chunk(2)
+            gate, up = (block.ffn.gate_up.weight @ normed(x, block.norm2)).chunk(2)
             x = x + block.ffn.down.weight @ (gate * gate.sigmoid() * up)
-        rows.append((model.embed.weight if s.tied else model.head.weight) @ _normed(x, model.norm))
+        rows.append((model.embed.weight if s.tied else model.head.weight) @ normed(x, model.norm))
         kept.append([[[one["position"] for one in held] for held in heads] for heads in memory])
     return torch.stack(rows), kept
 
 
-def _normed(x, norm):
+def normed(x, norm):
     return x / torch.sqrt((x * x).mean() + norm.eps) * norm.weight
