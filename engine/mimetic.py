@@ -59,12 +59,12 @@ def mimetic(
             model.embed.weight += common
             rows = mixer.qkv.weight[: (H + G) * D].view(H + G, D, shape.width)
             for head, offset in zip(range(H), offsets, strict=False):
-                rows[head] += _turned_back(looks, offset, base=shape.rope_base)[:, None] * common
+                rows[head] += turned_back(looks, offset, base=shape.rope_base)[:, None] * common
             rows[H:] += looks[:, None] * common
     return model
 
 
-def _turned_back(x: Tensor, positions: int, *, base: float) -> Tensor:
+def turned_back(x: Tensor, positions: int, *, base: float) -> Tensor:
     """x [D] as RoPE would turn it at `-positions`: a query turned so meets the keys of so many tokens before."""
     half = len(x) // 2
     angle = positions * base ** (-torch.arange(half) / half)

@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         self, x: Tensor, layers: range, *, shared: dict[int, Any], cache: Cache | None = None, show: int | None = None
     ) -> Tensor:
         """The residual stream [B, T, W] after these layers. Layers of one pass share one fresh dict, `shared`."""
-        rope = self._rope(x)
+        rope = self.rope(x)
         watched = cache is not None and cache.watches
         for layer in layers:
             if recording_on(NORM, layer=layer):
@@ -197,7 +197,8 @@ class Decoder(nn.Module):
         """hidden [..., W] -> logits [..., V]."""
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
-    def _rope(self, x: Tensor) -> Rope:
+    def rope(self, x: Tensor) -> Rope:
+        """The tables by which queries and keys are turned, for x's dtype and device."""
         key = (x.dtype, x.device)
         if key not in self._ropes:
             s = self.shape

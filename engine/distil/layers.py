@@ -69,7 +69,7 @@ def trace(model: Decoder, ids: Tensor) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    rope = model._rope(hidden[0])
+    rope = model.rope(hidden[0])
     scores = []
     for mixer, out in qkv:
         B, T, _ = out.shape

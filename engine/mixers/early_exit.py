@@ -47,7 +47,7 @@ def early_exit(model: Decoder, ids: Tensor, *, cache: Cache | None = None, show:
         shared: Shared = {}
         x = model.through(model.embed(part), range(last), shared=shared, cache=cache, show=show)  # B T W
         block: Any = model.blocks[last]
-        view = block.mixer.remember(block.norm1(x), rope=model._rope(x), cache=cache)
+        view = block.mixer.remember(block.norm1(x), rope=model.rope(x), cache=cache)
         if i + 1 == len(parts):
             shared[last] = of_last_query(view, len(part), part.shape[1])
             x = model.through(x[:, -1:], range(last, model.shape.layers), shared=shared, cache=cache, show=1)  # B 1 W

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.mimetic import SHARES, _turned_back, mimetic
+from engine.mimetic import SHARES, mimetic, turned_back
 from engine.mixers.cross_layer import Borrower, Owner
 from engine.mixers.latent import Latent
 from engine.model import Decoder
@@ -51,6 +51,6 @@ def head_start(
                 looks *= (sharpness * (D + R) ** 0.5 / (width / 2)) ** 0.5
                 rows = mixer.q.weight.view(H, D + R, width)
                 for head, offset in zip(range(H), offsets, strict=False):
-                    rows[head, D:] += _turned_back(looks, offset, base=model.shape.rope_base)[:, None] * common
+                    rows[head, D:] += turned_back(looks, offset, base=model.shape.rope_base)[:, None] * common
                 mixer.compress.weight[mixer.rank :] += looks[:, None] * common
     return model

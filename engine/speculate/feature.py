@@ -27,7 +27,7 @@ from engine.norm import RMSNorm
 from engine.packed import Packed, can_pack
 from engine.speculate import ROOT, Dice, Draft, Drafter, Verdict
 from engine.speculate.chain import guessing
-from engine.speculate.tree import Branches, siblings
+from engine.speculate.tree import Branches, Guess, grown, siblings
 
 FFN = 1024  # width of its feed-forward part
 
@@ -128,37 +128,30 @@ class FeatureDraft(Drafter):
         if known != len(text) - 1:
             raise ValueError(f"the drafter was told of {known} tokens, and the text has {len(text)}")
         widths = self.widths or (1,) * self.length
-        parents: list[int] = []
-        tokens: list[int] = []
-        laws: list[Tensor | None] = []
-        level = [ROOT]
-        row_of: dict[int, int] = {}
+        row_of = {ROOT: 0}  # of each node of the level above, its row of `hidden`
         with guessing(self.cache, known):
             hidden = self.model(features, self._ids(text[self.cache.seen + 1 :]), cache=self.cache)[0, -1:]
             self._heard.clear()
-            branches: Branches | Full = self.cache
-            for depth, width in enumerate(widths[:room]):
-                if depth:
-                    if max(widths) > 1:
-                        branches = branches if isinstance(branches, Branches) else Branches(self.cache)
-                        branches.grow([parents[node] for node in level])
-                    above = hidden[[row_of[parents[node]] for node in level]]
-                    hidden = self.model(above[None], self._ids([tokens[node] for node in level]), cache=branches)[0]
+            branches = Branches(self.cache) if max(widths) > 1 else self.cache
+
+            def deeper(level: Sequence[int], parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+                nonlocal hidden, row_of
+                if isinstance(branches, Branches):
+                    branches.grow(parents)
+                above = hidden[[row_of[parent] for parent in parents]]
+                hidden = self.model(above[None], self._ids(tokens), cache=branches)[0]
                 row_of = {node: row for row, node in enumerate(level)}
-                below = []
-                for node, row in zip(level, self.model.logits(hidden), strict=True):
-                    for token, q in self._siblings(row, width, temperature, dice):
-                        below.append(len(tokens))
-                        parents.append(node)
-                        tokens.append(token)
-                        laws.append(q)
-                level = below
-        return Draft(tuple(parents), tuple(tokens), tuple(laws))
+                return self.model.logits(hidden)
+
+            def after(row: Tensor, width: int) -> list[Guess]:
+                return self._siblings(row, width, temperature, dice)
+
+            return grown(widths[:room], self.model.logits(hidden), deeper=deeper, after=after)
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], device=self.model.words.device)
 
-    def _siblings(self, logits: Tensor, width: int, temperature: float, dice: Dice) -> list[tuple[int, Tensor | None]]:
+    def _siblings(self, logits: Tensor, width: int, temperature: float, dice: Dice) -> list[Guess]:
         """`siblings` over the few words, told in ids and laws of the whole vocabulary."""
         found = siblings(logits, width, ways=self.ways, temperature=temperature, dice=dice)
         return [(int(self.model.words[word]), None if q is None else self._whole(q)) for word, q in found]

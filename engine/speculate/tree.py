@@ -10,7 +10,7 @@ that stand for one place stand at one place: every path then reads as if it were
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,36 +129,60 @@ class Tree(Drafter):
         self.cache = Full()
 
     def draft(self, text: Sequence[int], *, room: int, temperature: float, dice: Dice) -> Draft:
-        parents: list[int] = []
-        tokens: list[int] = []
-        laws: list[Tensor | None] = []
-        level = [ROOT]
         with guessing(self.cache, len(text)):
-            logits = catch_up(self.model, self.cache, text)[None]  # one row a node of the level
+            logits = catch_up(self.model, self.cache, text)[None]
             branches = Branches(self.cache)
-            for depth, width in enumerate(self.widths[:room]):
-                if depth:
-                    branches.grow([parents[node] for node in level])
-                    logits = read(self.model, [tokens[node] for node in level], branches, last=len(level))
-                below = []
-                for node, row in zip(level, logits, strict=True):
-                    for token, q in siblings(row, width, ways=self.ways, temperature=temperature, dice=dice):
-                        below.append(len(tokens))
-                        parents.append(node)
-                        tokens.append(token)
-                        laws.append(q)
-                level = below
-        return Draft(tuple(parents), tuple(tokens), tuple(laws))
+
+            def deeper(level: Sequence[int], parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+                branches.grow(parents)
+                return read(self.model, tokens, branches, last=len(level))
+
+            def after(row: Tensor, width: int) -> list[Guess]:
+                return siblings(row, width, ways=self.ways, temperature=temperature, dice=dice)
+
+            return grown(self.widths[:room], logits, deeper=deeper, after=after)
 
 
-def siblings(
-    logits: Tensor, width: int, *, ways: str, temperature: float, dice: Dice
-) -> list[tuple[int, Tensor | None]]:
+Guess = tuple[int, Tensor | None]
+"""A word, and the law that it was drawn from."""
+
+
+def grown(
+    widths: Sequence[int],
+    logits: Tensor,
+    *,
+    deeper: Callable[[Sequence[int], Sequence[int], Sequence[int]], Tensor],
+    after: Callable[[Tensor, int], list[Guess]],
+) -> Draft:
+    """A tree, level by level, of at most so many words after each node of a depth.
+
+    `logits` has the one row after the text; `deeper(nodes, parents, tokens)` reads the nodes of a level and gives a
+    row for each; `after(row, width)` is what may follow a node.
+    """
+    parents: list[int] = []
+    tokens: list[int] = []
+    laws: list[Tensor | None] = []
+    level = [ROOT]
+    for depth, width in enumerate(widths):
+        if depth:
+            logits = deeper(level, [parents[node] for node in level], [tokens[node] for node in level])
+        below = []
+        for node, row in zip(level, logits, strict=True):
+            for token, q in after(row, width):
+                below.append(len(tokens))
+                parents.append(node)
+                tokens.append(token)
+                laws.append(q)
+        level = below
+    return Draft(tuple(parents), tuple(tokens), tuple(laws))
+
+
+def siblings(logits: Tensor, width: int, *, ways: str, temperature: float, dice: Dice) -> list[Guess]:
     """At most `width` words after one node, each with the law that it was drawn from, given those before it."""
     if ways == "likeliest" or temperature == 0.0:
         return [(token, None) for token in logits.topk(min(width, len(logits))).indices.tolist()]
     q = law(logits, temperature=temperature)
-    found: list[tuple[int, Tensor | None]] = []
+    found: list[Guess] = []
     for _ in range(width):
         token = dice.draw(q)
         found.append((token, q))

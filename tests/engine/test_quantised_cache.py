@@ -102,7 +102,7 @@ def test_constants_and_extremes_are_held():
 def test_what_is_seen_is_packed_tokens_then_the_tail(model, count, bits, sizes, rotated):
     group, recent = sizes
     cache, plain = Quantised(bits, group=group, recent=recent, rotated=rotated), Full()
-    rope = model._rope(torch.zeros(1, dtype=torch.float64))
+    rope = model.rope(torch.zeros(1, dtype=torch.float64))
     k, v = randn(1, 2, count, 8), randn(1, 2, count, 8, seed=1)
     for c in (cache, plain):
         c.extend(0, k, v, rope)
@@ -234,7 +234,7 @@ def test_logits_are_the_same_while_recording(model):
 
 def test_bad_input_is_named(model):
     x = randn(1, 1, 4, 8)
-    rope = model._rope(torch.zeros(1, dtype=torch.float64))
+    rope = model.rope(torch.zeros(1, dtype=torch.float64))
     for call, words in [
         (lambda: Quantised(0), "bits must be a whole number from 1 to 16, not 0"),
         (lambda: Quantised([4, 17]), "not 17"),

@@ -187,7 +187,7 @@ def test_bfloat16_stays_close(name):
 @every
 def test_bad_input_is_named(name):
     model = decoder(MIXERS[name])
-    mixer, rope = model.blocks[0].mixer, model._rope(torch.zeros(1, dtype=torch.float64))
+    mixer, rope = model.blocks[0].mixer, model.rope(torch.zeros(1, dtype=torch.float64))
     for shape in ((1, 0, 12), (1, 3, 11), (3, 12), (0, 3, 12)):
         with pytest.raises(ValueError, match=r"x must have shape \[batch, tokens, 12\]"):
             mixer(torch.zeros(shape, dtype=torch.float64), rope=rope)
@@ -207,7 +207,7 @@ def test_twice_the_length_is_twice_the_work(name):
     """Counted multiplications of one mixer grow with the length to the power of 1 (full attention: 2)."""
     shape = SHAPE
     model = decoder(MIXERS[name], shape=shape)
-    mixer, rope = model.blocks[0].mixer, model._rope(torch.zeros(1, dtype=torch.float64))
+    mixer, rope = model.blocks[0].mixer, model.rope(torch.zeros(1, dtype=torch.float64))
     lengths = [24, 48, 96]
     counts = [multiplied(lambda n=n: mixer(torch.randn(1, n, 12).double(), rope=rope)) for n in lengths]
     assert abs(growth_exponent(lengths, counts) - 1) < 0.03

@@ -64,10 +64,10 @@ def test_tied_weights_and_equal_inputs_give_equal_outputs(factor, kv_heads):
         rows = slice(None) if isinstance(block.mixer, Owner) else slice(4 * 6)
         block.mixer.load_state_dict({"qkv.weight": first["qkv.weight"][rows], "out.weight": first["out.weight"]})
         with torch.no_grad():
-            answers.append(block.mixer(x, rope=model._rope(x), shared=shared))
+            answers.append(block.mixer(x, rope=model.rope(x), shared=shared))
         assert list(shared) == list(range(0, layer + 1, factor))
     with torch.no_grad():
-        expected = base.blocks[0].mixer(x, rope=base._rope(x))
+        expected = base.blocks[0].mixer(x, rope=base.rope(x))
     for answer in answers:
         torch.testing.assert_close(answer, expected, rtol=0, atol=1e-13)
 
@@ -81,7 +81,7 @@ def test_a_borrower_reads_its_owner_and_nobody_else():
     with torch.no_grad(), record() as recorder:
         model(ids)
         seen = recorder.freeze()
-        rope = model._rope(inputs[0])
+        rope = model.rope(inputs[0])
         for layer, owner in ((1, 0), (3, 2)):
             q = model.blocks[layer].mixer.qkv(inputs[layer]).view(1, 9, 4, 6).transpose(1, 2)
             made_by = model.blocks[owner].mixer.qkv(inputs[owner]).view(1, 9, 8, 6).transpose(1, 2)
@@ -343,7 +343,7 @@ def test_bad_input_is_named():
     model, x = made("cla 2"), rand(1, 3, 12)
     for shared in (None, {2: "another layer's"}):
         with pytest.raises(ValueError, match="shared must hold what layer 0 remembered"):
-            model.blocks[1].mixer(x, rope=model._rope(x), shared=shared)
+            model.blocks[1].mixer(x, rope=model.rope(x), shared=shared)
     with pytest.raises(ValueError, match="ids must have shape"):
         early_exit(model, torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="model must have layers that share keys and values, and layer 3 shares none"):

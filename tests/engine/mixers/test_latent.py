@@ -69,7 +69,7 @@ def test_it_is_the_attention_of_deepseek_v3(q_rank):
     mask = torch.full((T, T), -torch.inf, dtype=torch.float64).triu(1)[None, None]
     with torch.no_grad():
         expected, _ = theirs(x, (cos, sin), mask)
-        rope = Decoder(shape)._rope(x)
+        rope = Decoder(shape).rope(x)
         for form in ("naive", "absorbed"):
             ours.form = form
             torch.testing.assert_close(ours(x, rope=rope), expected, rtol=0, atol=1e-12)
@@ -161,7 +161,7 @@ def test_keys_and_values_are_redrawn_from_what_is_shown():
 @pytest.mark.parametrize("q_rank", [None, 7])
 def test_multiplications_are_those_of_the_products(form, q_rank):
     model = decoder(lambda i: Latent(WIDE, i, q_rank=q_rank, form=form, **latent), shape=WIDE)
-    mixer, rope = model.blocks[0].mixer, model._rope(torch.zeros(1, dtype=torch.float64))
+    mixer, rope = model.blocks[0].mixer, model.rope(torch.zeros(1, dtype=torch.float64))
     for prompt, rows in ((0, 9), (20, 1)):
         cache = Full()
         if prompt:

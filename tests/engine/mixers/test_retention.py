@@ -74,7 +74,7 @@ def test_the_papers_other_normalisers_cancel_in_group_norm():
     of them but eps; with eps at 1e-12 the outputs agree to 1e-9."""
     model = Retention(SHAPE, 0).double()
     torch.manual_seed(0)
-    x, rope = torch.randn(1, 9, 12).double(), decoder(None)._rope(torch.zeros(1, dtype=torch.float64))
+    x, rope = torch.randn(1, 9, 12).double(), decoder(None).rope(torch.zeros(1, dtype=torch.float64))
     model.norm.eps = 1e-12
     plain = model(x, rope=rope)
     qkv = model.qkv(x).view(1, 9, 6, 6).transpose(1, 2)
@@ -91,7 +91,7 @@ def test_the_papers_other_normalisers_cancel_in_group_norm():
 def test_positions_matter_only_through_distance():
     """Rotation and decay know how far apart tokens are: the same words later in a text give the same scores."""
     model, ids = Retention(SHAPE, 0).double(), rand(1, 5, 12)
-    rope = decoder(None)._rope(torch.zeros(1, dtype=torch.float64))
+    rope = decoder(None).rope(torch.zeros(1, dtype=torch.float64))
     found = []
     for start in (0, 50):
         cache = Full()
@@ -119,7 +119,7 @@ def test_recorded_states_fade_and_grow():
     q = torch.tensor(recording.stack("attention.q", layer=0))[:, :, :8]
     x = model.blocks[0].norm1(model.embed(ids)).detach()
     plain = model.blocks[0].mixer.qkv(x).view(1, 10, 6, 6).transpose(1, 2)[:, 2:4].detach()
-    rotated = model._rope(x).rotate(plain, range(10))[:, :, :8]
+    rotated = model.rope(x).rotate(plain, range(10))[:, :, :8]
     expected = q @ rotated.mT / 6**0.5 * torch.tensor(mask)  # the paper's root of the key width
     torch.testing.assert_close(torch.tensor(scores), expected, rtol=0, atol=1e-12)
     assert recording.has("retention.gate", layer=0)

@@ -53,7 +53,7 @@ def test_a_dropped_token_passes_by_in_the_residual():
     block = model.blocks[0]
     with record() as recorder:
         x = model.embed(ids())
-        after = x + block.mixer(block.norm1(x), rope=model._rope(x))
+        after = x + block.mixer(block.norm1(x), rope=model.rope(x))
         out = after + block.ffn(block.norm2(after))
     shown = recorder.freeze()
     dropped = torch.from_numpy(shown.stack("moe.dropped", layer=0)).any(-1).view(2, 20)

@@ -34,7 +34,7 @@ def test_it_stands_between_a_sublayer_and_its_skip_connection():
         return h + narrow @ adapted.up.weight.mT + adapted.up.bias
 
     x = base.embed(ids)
-    rope = base._rope(x)
+    rope = base.rope(x)
     for block, adapted in zip(base.blocks, model.blocks, strict=True):
         x = x + through(adapted.after_mixer, block.mixer(block.norm1(x), rope=rope))
         x = x + through(adapted.after_ffn, block.ffn(block.norm2(x)))

@@ -32,7 +32,7 @@ def test_any_vectors_are_concatenated_and_positions_shift():
     base, ids = toy(), tokens()
     model = shaken(prompt.attach(base, n=5))
     x = torch.cat((model.embed.prompt.expand(2, 5, 32), base.embed(ids)), 1)
-    rope = base._rope(x)
+    rope = base.rope(x)
     for block in base.blocks:
         x = block(x, rope=rope)
     assert torch.equal(model.hidden(ids), base.norm(x)[:, 5:])

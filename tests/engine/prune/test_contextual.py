@@ -129,7 +129,7 @@ def test_what_is_observed_is_what_the_layers_did():
     seen = observe(model, ids)
     x = model.embed(ids)
     assert torch.equal(seen[0].stream, x.flatten(0, 1))
-    block, rope = model.blocks[0], model._rope(x)
+    block, rope = model.blocks[0], model.rope(x)
     assert torch.equal(seen[0].mixer_in, block.norm1(x).flatten(0, 1))
     middle = x + block.mixer(block.norm1(x), rope=rope)
     assert (seen[0].ffn_in - block.norm2(middle).flatten(0, 1)).abs().max() < TIGHT

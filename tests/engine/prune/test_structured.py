@@ -83,7 +83,7 @@ def test_layers_go_and_are_counted_anew():
     small = cut(model, layers=[0, 3])
     x = model.embed(ids)
     for block in (model.blocks[0], model.blocks[3]):
-        x = block(x, rope=model._rope(x))
+        x = block(x, rope=model.rope(x))
     assert torch.equal(small(ids), model.logits(model.norm(x)))
     assert [block.mixer.layer for block in small.blocks] == [0, 1]
     assert [block.mixer.layer for block in model.blocks] == [0, 1, 2, 3]
@@ -121,7 +121,7 @@ def test_scores_are_the_norms_they_say():
     neuron = torch.cat((gate[5], up[5])).norm() * ffn.down.weight[:, 5].norm()
     assert float(neuron_scores(model, 0)[5]) == pytest.approx(float(neuron), rel=1e-12)
     x = model.embed(ids)
-    after = model.blocks[0](x, rope=model._rope(x))
+    after = model.blocks[0](x, rope=model.rope(x))
     added = ((after - x).norm(dim=-1) / x.norm(dim=-1)).mean()
     assert float(layer_scores(model, ids)[0]) == pytest.approx(float(added), rel=1e-12)
 
@@ -136,7 +136,7 @@ def test_the_relative_error_is_that_of_a_pruned_layer_and_falls_to_zero():
     assert errors == sorted(errors)
     assert 0 < errors[1] < errors[3] < 2
     kept = best(head_scores(y, out), 4)
-    x, rope = model.blocks[0].norm1(model.embed(ids)), model._rope(model.embed(ids))
+    x, rope = model.blocks[0].norm1(model.embed(ids)), model.rope(model.embed(ids))
     full = attention(model, 0)(x, rope=rope)
     pruned = attention(cut(model, heads={0: kept}), 0)(x, rope=rope)
     assert errors[2] == pytest.approx(float((full - pruned).norm() / full.norm()), rel=1e-9)
