@@ -313,24 +313,49 @@ def _train_one(name: str) -> dict[str, Any]:
     """Train one model into the zoo; returns its entry in the manifest."""
     from engine import checkpoints, train
 
-    began = time.monotonic()
-    start: int | None = None  # the step that this call began with: an earlier one may have been stopped
+    def work(tell: Callable[..., None]) -> dict[str, Any]:
+        def progress(done: int, total: int, loss: float) -> None:
+            tell("step", done, total, f", loss {loss:.3f}")
 
-    def progress(done: int, total: int, loss: float) -> None:
-        nonlocal start
-        start = done - 1 if start is None else start
-        minutes = (time.monotonic() - began) / (done - start) * (total - done) / 60
-        _progress(f"{name}: step {done} of {total}, loss {loss:.3f}, {minutes:.0f} min left")
+        return train.train_to_assets(name, folder=checkpoints.ZOO, work=WORK, progress=progress)
+
+    return _trained(name, work)
+
+
+def _train_draft() -> dict[str, Any]:
+    """Make SmolLM2's draft: let SmolLM2 write, then learn from what it wrote; returns what its file says of it."""
+    from engine.speculate import draft
+
+    def work(tell: Callable[..., None]) -> dict[str, Any]:
+        draft.make(WORK / DRAFT, progress=tell)
+        return dict(draft.about())
+
+    return _trained(DRAFT, work)
+
+
+def _trained(name: str, work: Callable[[Callable[..., None]], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns. It is given `tell(stage, done, total)`, which shows how far it is and what is left."""
+    from engine import checkpoints
+
+    before = time.monotonic()  # when what was told last was done
+    began: dict[str, tuple[float, int]] = {}  # of each stage; this call may go on where an earlier one was stopped
+
+    def tell(stage: str, done: int, total: int, more: str = "") -> None:
+        nonlocal before
+        since, first = began.setdefault(stage, (before, done - 1))
+        before = time.monotonic()
+        left = (before - since) / (done - first) * (total - done) / 60
+        _progress(f"{name}: {stage} {done} of {total}{more}, {left:.0f} min left")
 
     try:
-        entry = train.train_to_assets(name, folder=checkpoints.ZOO, work=WORK, progress=progress)
-    except (OSError, checkpoints.ModelUnavailable) as error:
+        made = work(tell)
+    except (OSError, ValueError, checkpoints.ModelUnavailable) as error:
         raise Failed(f"{name} could not be trained: {error}") from error
     except KeyboardInterrupt:
         _progress(f"{name} was stopped; the same command goes on where it was\n")
         raise
     _progress("")
-    return entry
+    return made
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -366,30 +391,6 @@ def _bench(options: argparse.Namespace) -> None:
                 limit = f"{row.limit:10.1f}" if row.limit else f"{'':10}"
                 kept = f"{row.cache_bytes / 1e6:9.2f}" if row.cache_bytes is not None else ""
                 print(f"  {row.name:<36}{row.median:10.1f}{row.best:10.1f}{limit}{kept}  {row.unit}/s".rstrip())
-
-
-def _train_draft() -> dict[str, Any]:
-    """Make SmolLM2's draft: let SmolLM2 write, then learn from what it wrote; returns what its file says of it."""
-    from engine import checkpoints
-    from engine.speculate import draft
-
-    began: dict[str, tuple[float, int]] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        since, first = began.setdefault(stage, (time.monotonic(), done))
-        left = (time.monotonic() - since) / max(1, done - first) * (total - done) / 60
-        _progress(f"{DRAFT}: {stage} {done} of {total}, {left:.0f} min left")
-
-    try:
-        draft.make(WORK / DRAFT, progress=progress)
-        made = draft.about()
-    except (OSError, ValueError, checkpoints.ModelUnavailable) as error:
-        raise Failed(f"{DRAFT} could not be trained: {error}") from error
-    except KeyboardInterrupt:
-        _progress(f"{DRAFT} was stopped; the same command goes on where it was\n")
-        raise
-    _progress("")
-    return dict(made)
 
 
 def _doctor(options: argparse.Namespace) -> int:
