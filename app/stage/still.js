@@ -97,6 +97,16 @@ function lessonModel(page, shelf, places, query) {
     redraw();
   };
 
+  /** Everything that the scenes of all snapshots open with, for whoever presents and may lose the network. */
+  const ahead = async () => {
+    for (const snapshot of snapshots) {
+      for (const one of snapshot.scenes) {
+        for (const id of finder.picture(snapshot, one.scene, values).ids) await shelf.get(snapshot.tracks[id].rows[0]);
+      }
+    }
+    tell({ type: "ahead", ahead: 0, kept: snapshots.length, of: snapshots.length, left: [] });
+  };
+
   const exact = async ({ request, track: id, row }) => {
     const track = snapshots[at].tracks[id];
     const home = track && snapshots[at].tensors.at[track.key];
@@ -146,6 +156,7 @@ function lessonModel(page, shelf, places, query) {
         place = { beat: message.beat, step: message.step };
         link();
       },
+      ahead: () => ahead().catch(failed),
       exact: (message) => exact(message).catch(failed),
       cell: (message) => cell(message).catch((error) => tell({ type: "cell", request: message.request, view: message.view, error: error.message })),
       calculate,
