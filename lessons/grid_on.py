@@ -55,8 +55,10 @@ def looked_at(model: Any) -> list[tuple[int, Any]]:
     return [(i, block.mixer.out) for i, block in enumerate(model.blocks)]
 
 
-def judge(model: Any, name: str) -> dict[str, float]:
+def judge(model: Any, name: str, *, bits: int | None = None) -> dict[str, float]:
     found = measure(model, Grammar(), **TEXTS)
+    if bits is not None:
+        tap(BITS, bits, "", of=name)
     tap(PPL, found["perplexity"], "", of=name)
     tap(RECALL, found["recall"], "", of=name)
     return found
@@ -102,31 +104,36 @@ def with_the_grid(toy: Any, *, bits: int, granularity: str, learned: bool, steps
     for name, values in zip((STAIR_X, STAIR, SLOPE), staircase(grid), strict=True):
         tap(name, values.float(), "point")
     show(model)
-    tap(BITS, bits, "", of="live")
-    ptq = judge(model, "live")["perplexity"]
+    ptq = judge(model, "live", bits=bits)["perplexity"]
     tap(CURVE, ptq, "", of="ptq")
     tap(AT, 0, "", of="ptq")
     step(label="before training")
     phase("qat")
-    train_on(model, "qat", steps, RATE, after=show, ptq=ptq)
-    trained = judge(model, "live")
+    train_on(model, "qat", steps, RATE, after=show, bits=bits, ptq=ptq)
+    trained = judge(model, "live", bits=bits)
     note(ptq=ptq, qat=trained["perplexity"], recall=trained["recall"])
     step(label="trained")
 
 
 def _follow(layer: int, stood: np.ndarray, first: np.ndarray) -> None:
-    """The way of the weights that began nearest to where their code changes: half a step from their line."""
+    """The way of the weights that began nearest to where their code changes, half a step from their line; upwards is
+    towards that place."""
     codes, begun = (part[:ROWS, :COLUMNS].reshape(-1) for part in first)
-    nearest_edge = np.argsort(np.abs(0.5 - np.abs(begun - codes)))[:FOLLOWED]
-    now = stood[:ROWS, :COLUMNS].reshape(-1)
-    for n, place_of in enumerate(nearest_edge):
-        tap(PATH, float(now[place_of] - codes[place_of]), "", weight=n, layer=layer)
-    for side in (-1, 1):
-        tap(PATH, 0.5 * side, "", weight="edge", side=side, layer=layer)
+    now, side = stood[:ROWS, :COLUMNS].reshape(-1), np.sign(begun - codes)
+    for n, i in enumerate(np.argsort(np.abs(0.5 - np.abs(begun - codes)))[:FOLLOWED]):
+        tap(PATH, float(side[i] * (now[i] - codes[i])), "", weight=n, layer=layer)
+    tap(PATH, 0.5, "", weight="edge", layer=layer)
 
 
 def train_on(
-    model: Any, name: str, steps: int, rate: float, *, after: Callable[[Any], None], ptq: float | None = None
+    model: Any,
+    name: str,
+    steps: int,
+    rate: float,
+    *,
+    after: Callable[[Any], None],
+    bits: int | None = None,
+    ptq: float | None = None,
 ) -> None:
     """Train in place, a step of the page for each; `ptq` is what rounding alone gave."""
 
@@ -137,7 +144,7 @@ def train_on(
             tap(CURVE, ptq, "", of="ptq")
             tap(AT, done, "", of="ptq")
             if done % EVERY == 0 and done < of_all:
-                judge(model, "live")
+                judge(model, "live", bits=bits)
 
     stages, warmup = (Stage(steps, **BATCH),), max(1, steps // 10)
     train(
@@ -164,6 +171,8 @@ def gradient_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Ar
     layer = nearest(recording, GRADIENT, knobs.layer)
     track = recording.track(GRADIENT, layer=layer)
     now = min(at.get("step", recording.steps), int(track.at[-1]))
+    if now < track.at[0]:
+        raise ValueError("No gradient has come yet: training begins later.")
     read = lambda name, when: recording.track(name, method="qat", layer=layer).latest(when)  # noqa: E731
     w, before = (float(read(microscope.VALUES, when)[i, j]) for when in (now, now - 1))
     scales = read(microscope.SCALE, now)

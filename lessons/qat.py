@@ -72,6 +72,7 @@ def _afterwards(toy: Any, tokenizer: Any, knobs: Turn) -> None:
     """PTQ: fewer and fewer bits for a model that never trained with them."""
     phase("ptq")
     ids, whole = _prompt(tokenizer, toy), 0.0
+    found = np.full(len(SWEEP), np.nan, np.float32)
     for bits in (SWEEP[0], *SWEEP):
         grid = Grid(bits, granularity=knobs.granularity)
         small = after_training(toy, weights=grid)
@@ -81,8 +82,9 @@ def _afterwards(toy: Any, tokenizer: Any, knobs: Turn) -> None:
             microscope.count_of(linear.codes, layer=layer)
         microscope.next_token(toy, small, tokenizer, ids)
         if whole:  # the first picture waits for no figure
-            tap(BITS, bits, "", of="ptq")
-            judge(small, "ptq")
+            found[SWEEP.index(bits)] = judge(small, "ptq")["perplexity"]
+            tap(BITS, np.array(SWEEP, np.float32), "run", of="sweep")
+            tap(PPL, found.copy(), "run", of="sweep")
         step(label=f"{bits} bits")
         if not whole:
             whole = measure(toy, Grammar(), **grid_on.TEXTS)["perplexity"]
@@ -93,7 +95,7 @@ def _afterwards(toy: Any, tokenizer: Any, knobs: Turn) -> None:
 
 def facts(recording: Recording) -> dict[str, Any]:
     meta = recording.meta
-    sweep = dict(zip(SWEEP, recording.stack(PPL, of="ptq"), strict=True))
+    sweep = dict(zip(SWEEP, recording.track(PPL, of="sweep").latest(), strict=True))
     flipped, away = recording.stack(FLIPPED), recording.stack(AWAY)
     nexts = [recording.track(microscope.NEXT, when=when).latest() for when in ("before", "after")]
     # fmt: off
@@ -270,8 +272,8 @@ GLOSSARY = {
 
 LAYER: dict[str, Any] = {"layer": knob("layer")}
 SWEPT = (
-    Points("rounded afterwards", of(BITS, of="ptq"), of(PPL, of="ptq"), colour="alarm", trail=True),
-    Points("trained here, now", of(BITS, of="live"), of(PPL, of="live"), colour="recent"),
+    Points("rounded afterwards", of(BITS, of="sweep"), of(PPL, of="sweep"), colour="alarm", joined=True),
+    Points("trained here, now", of(BITS, of="live"), of(PPL, of="live"), colour="recent", trail=True),
     Points("trained longer, shipped", of(BITS, of="long"), of(PPL, of="long"), colour="value"),
 )
 WHOLE = Line("float", of(PPL, of="whole"), x=of(BITS, of="whole"), colour="ink", dashed=True)
@@ -279,10 +281,7 @@ PATHS = tuple(
     Line(f"weight {n + 1}", of(grid_on.PATH, weight=n, **LAYER), colour=colour)
     for n, colour in enumerate(("query", "key", "value", "heavy", "recent"))
 )
-EDGES = tuple(
-    Line(label, of(grid_on.PATH, weight="edge", side=side, **LAYER), colour="ink", dashed=True)
-    for label, side in (("next line up", 1), ("next line down", -1))
-)
+EDGE = Line("its code changes", of(grid_on.PATH, weight="edge", **LAYER), colour="ink", dashed=True)
 
 
 STOOD = Points("weights of one row", of(grid_on.STOOD, **LAYER), of(grid_on.USED, **LAYER), colour="query")
@@ -310,8 +309,8 @@ SCENES = (
                 title="Rounded afterwards", levels=False, walked=False, index={"method": "ptq", **LAYER},
                 labels=("trained in float", "codes", "what computes", "size of the error"), block_word="row",
             ),
-            _sweep("sweep", "Fewer bits, and how well it reads", SWEPT[:1], span=6),
-            *microscope.next_views(span=3),
+            _sweep("sweep", "Fewer bits, and how well it reads", SWEPT[:1], span=4, height=220),
+            *microscope.next_views(span=4),
             microscope.bits_view(index=LAYER),
         ),
     ),
@@ -319,13 +318,13 @@ SCENES = (
         "slope",
         (
             Plane(
-                name="stair", title="Rounding, and its pretended slope", span=6, origin="toy", height=280,
+                name="stair", title="Rounding, and its pretended slope", span=6, origin="toy", height=230,
                 points=(STOOD,), lines=STAIRS,
                 x_label="float weight, in steps of its grid", y_label="the line it computes with", x_format=".2f",
                 format=".2f",
             ),
-            Curves(name="paths", title="Five weights on their way", note="from the line each began on, in steps",
-                   lines=(*PATHS, *EDGES), span=6, x_label="step", origin="toy", format="+.3f"),
+            Curves(name="paths", title="Five weights on their way", note="steps from the line each began on",
+                   lines=(*PATHS, EDGE), span=6, height=200, x_label="step", origin="toy", format="+.3f"),
             Heatmaps(name="gradient", title="Gradient handed to the float weights", span=8, origin="toy",
                      tensor=of(GRADIENT, **LAYER), rows="row", columns="column", colours="diverging", gaps=True,
                      cell=gradient_cell),
@@ -339,11 +338,12 @@ SCENES = (
     Scene(
         "train",
         (
-            Curves(name="curve", title="Training with the grid on, live", note="perplexity, log", span=7, log=True,
+            Curves(name="curve", title="Training with the grid on, live", note="perplexity, log", height=190,
+                   span=7, log=True,
                    lines=(_curve("qat", "this step’s texts", "recent"),
                           _curve("ptq", "rounded afterwards", "alarm", dashed=True)),
                    x_label="training step", y_label="perplexity", origin="toy"),
-            _sweep("sweep_live", "Afterwards, or with the grid on", SWEPT, span=5, height=210),
+            _sweep("sweep_live", "Afterwards, or with the grid on", SWEPT, span=5, height=190),
             microscope.grid_view(
                 name="training", title="Trained with the grid on", levels=False, walked=False,
                 index={"method": "qat", **LAYER}, block_word="row",
@@ -360,14 +360,15 @@ SCENES = (
     Scene(
         "ternary",
         (
-            Heatmaps(name="ternary", title="Add, skip, subtract", note="a matrix of BitNet, training", span=5,
+            Heatmaps(name="ternary", title="Add, skip, subtract", note="a matrix of BitNet, training", span=6,
                      tensor=of(CODES, **LAYER), rows="output", columns="input", colours="diverging", cell=sums_cell,
                      origin="toy"),
-            Curves(name="race", title="From nothing, on the same texts", note="perplexity, log", span=7, log=True,
+            Curves(name="race", title="From nothing, on the same texts", note="perplexity, log", height=260,
+                   span=6, log=True,
                    lines=(_curve("bitnet", "BitNet b1.58", "recent"), _curve("float", "float", "ink")),
                    x_label="training step", y_label="perplexity", origin="toy"),
             Bars(name="shares", title="Its weights", span=4, values=of(SHARES, **LAYER), colour="recent",
-                 labels=("−1: subtract", "0: skip", "1: add"), origin="toy"),
+                 labels=("subtract", "skip", "add"), origin="toy"),
             Facing(name="work", title="One token, all linear layers", span=8, left=of(COUNTED, of="float"),
                    right=of(COUNTED, of="bitnet"), labels=WORK, left_label="float", right_label="ternary",
                    left_colour="ink", right_colour="recent", format=",.0f", origin="toy"),

@@ -21,7 +21,7 @@ CODES = site("ternary.codes", "the weights that compute: add, skip, subtract", s
 SHARES = site("ternary.shares", "how many weights are -1, 0 and 1", low=0.0, high=1.0)
 COUNTED = site("ternary.counted", "what all linear layers do for one token")
 INPUT = site("ternary.input", "the 8-bit activations of one token that the matrix is given", symbol="x̃")
-WORK = ("multiplications in float", "multiplications by scales", "additions", "subtractions", "skipped: weight 0")
+WORK = ("products", "scalings", "additions", "subtracted", "skipped")
 LEAST = math.log2(3)  # bits that one of three takes
 
 
@@ -121,6 +121,7 @@ def calculator(**view: Any) -> Calculator:
                  "width": p.shape.head_width})
         for title, p in chosen.items()
     )  # fmt: skip
+    presets = (("A model of 70B", {f.name: f.value for f in FIELDS}), *presets)
     shown = {"name": "calculator", "title": "How many texts at once?"} | view
     return Calculator(fields=FIELDS, presets=presets, compute=compute, **shown)
 
