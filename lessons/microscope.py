@@ -18,7 +18,7 @@ from engine.caches.full import Full
 from engine.evaluate import surprisals
 from engine.quant.affine import Quantised
 from engine.quant.kmeans import Codebook, kmeans
-from engine.recording import Recording, event, record, site, step, tap
+from engine.recording import Recording, event, note, record, site, step, tap
 from lessons.views import Arithmetic, Bars, Curves, Grid, Line, Number, Numbers, knob, of
 
 VALUES = site("microscope.values", "the values before rounding", symbol="w")
@@ -159,14 +159,18 @@ def count_of(done: Quantised | Codebook, **index: Any) -> None:
 
 
 def next_token(before: Any, after: Any, tokenizer: Any, ids: Any, **index: Any) -> float:
-    """What two models expect after the text `ids` [1, tokens]: the likeliest tokens of both. Returns how far the
-    distribution moved, in nats."""
-    was, now = (_probabilities(model, ids) for model in (before, after))
+    """What two models expect next, in the later half of the text `ids` [1, tokens], where the first of them is half
+    sure: the likeliest tokens of both. Returns how far the distribution moved there, in nats."""
+    sure = before.logits(before.hidden(ids))[0].float().softmax(-1).amax(-1).cpu().numpy()
+    half = len(sure) // 2
+    at = half + int(np.abs(sure[half:] - 0.5).argmin())
+    was, now = (_probabilities(model, ids[:, : at + 1]) for model in (before, after))
     top = sorted({*np.argsort(-was)[:SHOWN].tolist(), *np.argsort(-now)[: SHOWN // 2].tolist()}, key=lambda i: -was[i])
     tap(NEXT, was[top], "token", when="before", **index)
     tap(NEXT, now[top], "token", when="after", **index)
     tap(NEXT_IDS, np.array(top, np.int32), "token", **index)
     event("text.words", words=dict(zip(map(str, top), tokenizer.pieces(top), strict=True)))
+    note(next_after="".join(tokenizer.pieces(ids[0, max(0, at - 7) : at + 1].tolist())).strip())
     moved = float(np.sum(was * (np.log(was + 1e-12) - np.log(now + 1e-12))))
     tap(MOVED, moved, "", **index)
     return moved
@@ -268,7 +272,7 @@ def next_views(*, span: int = 6, **more: Any) -> tuple[Bars, Bars]:
     made = (("before", "What comes next: as it was", "kept"), ("after", "What comes next: rounded", "recomputed"))
     first, second = (
         Bars(name=f"next_{when}", title=title, span=span, values=of(NEXT, when=when, **index), labels=labels,
-             colour=colour, high=None, **more)
+             colour=colour, **more)
         for when, title, colour in made
     )  # fmt: skip
     return first, second

@@ -19,8 +19,8 @@ from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
 from lessons.microscope import PARTS, corner, look_at, next_token, next_views, perplexities, read_on, walk
 from lessons.models import TOY, choice, load
-from lessons.texts import NAMES, text_ids
-from lessons.views import BitRow, Bits, Number, Numbers, Plane, Points, Ruler, Rulers, knob, of
+from lessons.texts import NAMES, OWN, text_ids
+from lessons.views import Bars, BitRow, Bits, Plane, Points, Ruler, Rulers, knob, of
 
 NUMBER = site("formats.number", "the number, as it was typed", symbol="x")
 STORED = site("formats.bits", "the bits that a format stores for it, most significant first", symbol="b")
@@ -30,8 +30,10 @@ ENDS = site("formats.ends", "smallest above 0, smallest of full precision, large
 LEVELS = site("formats.levels", "the positive numbers that a format has, times the scale that it needs here")
 LOST = site("formats.lost", "share of the values that become 0, and share of those too large", low=0.0)
 MEGABYTES = site("formats.megabytes", "what the linear layers' weights take", unit="MB")
+SIZES = site("formats.sizes", "the same for all formats so far", unit="MB")
 RESULT = site("formats.perplexity", "perplexity on the text, with weights that were stored in the format")
 OCTAVES = (-64, 64)
+TOKENS = 96  # of the text that is read for a perplexity
 SAMPLE = 16_384  # values of a layer that are dropped: as many as tell, as few as are quick
 KINDS = {"The model’s weights": "weights", "The residual stream": "residual", "Its squares, for a norm": "squares"}
 SHORT = {"fp8 e4m3fn": "fp8 e4m3", "nf4": "NF4"}
@@ -58,9 +60,12 @@ class Turn(Knobs):
     layer = param.Integer(12, bounds=(0, 29), label="Layer", doc="Whose weights are looked at.")
     part: param.Selector = param.Selector(default="ffn.down", objects=dict(PARTS), label="Which weights")
     dropped: param.Selector = param.Selector(default="weights", objects=dict(KINDS), label="Dropped on the rulers")
-    text: param.Selector = param.Selector(default="bread", objects=dict(NAMES), label="Text")
-    own = param.String("Once upon a time", label="Your own text", doc="Read when Text is “Your own”.")
-    tokens = param.Integer(96, bounds=(32, 192), label="Tokens read", doc="For the perplexities.")
+    text: param.Selector = param.Selector(
+        default="bread",
+        objects={label: name for label, name in NAMES.items() if name != OWN},
+        label="Text",
+        doc="Read.",
+    )
 
 
 def run(knobs: Turn) -> None:
@@ -74,9 +79,7 @@ def run(knobs: Turn) -> None:
         x = corner(linears(model)[f"blocks.{min(knobs.layer, model.shape.layers - 1)}.{knobs.part}"].weight.detach())
     tap(microscope.TYPED, int(knobs.source == "cells"), "")
     _show_matrix(x, form)
-    ids = text_ids(tokenizer, knobs.text, knobs.own, toy=knobs.model == TOY, tokens=knobs.tokens)
-    if len(ids) < 8:
-        raise ValueError(f"The text has {len(ids)} tokens; at least 8 are needed for a perplexity.")
+    ids = text_ids(tokenizer, knobs.text, "", toy=knobs.model == TOY, tokens=TOKENS)
     ids = model.embed.weight.new_tensor([ids]).long()
     _drop(model, ids, knobs.dropped)
     _cost(model, tokenizer, ids, form)
@@ -183,14 +186,16 @@ def _lost(x: Any, form: Format) -> tuple[np.ndarray, float]:
 
 def _cost(model: Any, tokenizer: Any, ids: Any, chosen: Format) -> None:
     """Every format in the whole model: megabytes, perplexity, the next token."""
-    errors = {}
+    errors, size = {}, {}
     for name, form in FORMATS.items():
         weights = {n: linear.weight.detach() for n, linear in linears(model).items()}
         twin = quantised(model, recipe(form))
         some = next(w for n, w in weights.items() if n.endswith("ffn.down"))
         errors[name] = float(((stored(some, form) - some).double() / some.double().std()).square().mean())
         found = read_on(twin, ids, chunk=32, form=name)
-        tap(MEGABYTES, sum(stored_bits(w, form) for w in weights.values()) / 8e6, "", form=name)
+        size[name] = sum(stored_bits(w, form) for w in weights.values()) / 8e6
+        tap(MEGABYTES, size[name], "", form=name)
+        tap(SIZES, np.array([size.get(n, 0.0) for n in FORMATS], np.float32), "format")
         tap(RESULT, found, "", form=name)
         if form is chosen:
             next_token(model, twin, tokenizer, ids)
@@ -322,15 +327,15 @@ BEATS = (
     ),
     Beat(
         "What does a whole model lose? Half the bits are half the memory: {mb_fp32:.4g} MB of weights, then "
-        "{mb_fp16:.4g}, then {mb_e4m3:.4g}. In 32 bits this text is read at a [[perplexity]] of {ppl_fp32:.1f}, in "
-        "bf16 at {ppl_bf16:.1f}.",
+        "{mb_fp16:.4g}, then {mb_e4m3:.4g}. In 32 bits this text is read at a [[perplexity]] of {ppl_fp32:.2f}, in "
+        "bf16 at {ppl_bf16:.2f}.",
         scene="cost", step="sixteen", play=True, focus="plane",
         predict=Predict("With two bits of mantissa, in fp8 e5m2, the perplexity is about … times as high",
                         (1, 1.2, 2, 10), "e5m2_factor", format=".2f", unit="×"),
     ),
     Beat(
-        "{ppl_e5m2:.1f}: rough weights, the same words. At four bits it begins to matter where the levels lie: even "
-        "steps, int4, {ppl_int4:.1f}; NF4, whose levels lie where weights are frequent, {ppl_nf4:.1f}. {caveat}",
+        "{ppl_e5m2:.2f}: rough weights, the same words. At four bits it begins to matter where the levels lie: even "
+        "steps, int4, {ppl_int4:.2f}; NF4, whose levels lie where weights are frequent, {ppl_nf4:.2f}. {caveat}",
         scene="cost", step="last", play=True, focus="plane",
     ),
     Beat(
@@ -369,7 +374,8 @@ def _ruler(name: str) -> Ruler:
 
 
 def _points(name: str) -> Points:
-    return Points(SHORT.get(name, name), of(MEGABYTES, form=name), of(RESULT, form=name), colour=COLOURS[name])
+    size, result = of(MEGABYTES, form=name), of(RESULT, form=name)
+    return Points(SHORT.get(name, name), size, result, COLOURS[name], names=(SHORT.get(name, name),))
 
 
 SCENES = (
@@ -400,11 +406,9 @@ SCENES = (
                 log_x=True, points=tuple(map(_points, FORMATS)),
                 x_label="megabytes", y_label="perplexity", format=".3f",
             ),
-            Numbers(
-                name="moved", title="In the format you chose", span=5,
-                numbers=(
-                    Number("The next token’s distribution moved by", of(microscope.MOVED), unit="nats", format=".4f"),
-                ),
+            Bars(
+                name="sizes", title="Megabytes of weights", note="with their scales", span=5, values=of(SIZES),
+                labels=tuple(SHORT.get(n, n) for n in FORMATS), colour="query", format=",.4g", high=None,
             ),
             *next_views(),
         ),

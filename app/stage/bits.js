@@ -9,7 +9,7 @@ const FIELDS = { sign: "alarm", exponent: "key", mantissa: "query", magnitude: "
 const SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
 
 /** A whole number as an exponent. */
-function raised(n) {
+export function raised(n) {
   return (n < 0 ? "⁻" : "") + [...String(Math.abs(n))].map((digit) => SUPERSCRIPTS[Number(digit)]).join("");
 }
 

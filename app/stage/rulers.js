@@ -2,12 +2,13 @@
  * Number formats as rulers on one scale of powers of two: where each begins and ends, how finely it is ruled; and a
  * tensor's values dropped onto them, so that one sees what fits, what is too large and what is rounded away to zero.
  */
+import { raised } from "./bits.js";
 import { createCursor } from "./cursor.js";
 import { make, sized } from "./dom.js";
 import { format, short } from "./text.js";
 
-const RULER_ROW = 46;
-const RULER_HEAP = 26; // how high the heap of values over a ruler gets
+const RULER_ROW = 60;
+const RULER_HEAP = 38; // how high the heap of values over a ruler gets
 const RULER_NAME = 96;
 const RULER_TOLD = 118;
 const RULER_FROM = -26; // powers of two that are always on the axis
@@ -164,7 +165,7 @@ export function rulers(host, spec, context) {
     for (let k = Math.ceil(plan.from / every) * every; k <= plan.to; k += every) {
       const x = plan.x(k);
       pen.fillRect(x - 0.5, y - 5, 1, 4);
-      if (!context.bare && x > plan.left + 8 && x < plan.width - plan.right - 8) pen.fillText(k === 0 ? "1" : Math.abs(k) < 12 && k > 0 ? String(2 ** k) : `2^${k}`.replace("-", "−"), x, y);
+      if (!context.bare && x > plan.left + 8 && x < plan.width - plan.right - 8) pen.fillText(k === 0 ? "1" : Math.abs(k) < 12 && k > 0 ? String(2 ** k) : `2${raised(k)}`, x, y);
     }
   };
 
