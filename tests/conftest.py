@@ -19,7 +19,8 @@ settings.load_profile("leanscope")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what uses the browser or the real model, so that the quick check leaves it out.
 
-    One worker drives the browser, one page at a time: two at once on two cores would only wait for each other.
+    One worker drives the browser, one page at a time: two at once on two cores would only wait for each other. A
+    lesson's tests stay in one worker, too, for they share recordings.
     """
     for item in items:
         used = getattr(item, "fixturenames", ())
@@ -29,6 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("browser")
         if item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.xdist_group("browser"))
+        elif item.path.parent.name == "lessons" and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

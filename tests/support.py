@@ -250,7 +250,7 @@ class Watched:
                 return value
             if time.monotonic() > end:
                 raise AssertionError(f"{expression} did not come true in {seconds} s; wrong so far: {self.wrongs}")
-            time.sleep(0.02)
+            time.sleep(0.05)  # each look costs the page and us some milliseconds
 
     def _console(self, message: Any) -> None:
         # Bokeh's client says so when a ping meets a server that is just then away; the page tells its visitor itself.

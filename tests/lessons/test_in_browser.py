@@ -1,94 +1,134 @@
-"""Every lesson in a real Chromium, on the toy: it plays by keyboard, opens a cell, follows a link, is sound for axe."""
+"""Every lesson in a real Chromium, on the toy: it plays by keyboard, opens a cell, follows a link, is sound for axe.
+
+A lesson's page is opened once and looked at by one test after the other, since opening costs more than looking: first
+by those that leave it as it is, then it is played to its end, then left for a link to where it stands.
+"""
 
 import re
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
-from app.link import Place, encode
+from app.link import decode, first
 from app.runs import execute, is_available
-from engine import smollm2
 from lessons import all_lessons
 from lessons.arithmetic import attention_cell
 from lessons.knobs import check
 from lessons.models import REAL, TOY
-from tests.support import REAL as COMMAND
-from tests.support import Server, Watched, serving
+from tests.lessons.pages import INSIDE, address, open_done
+from tests.support import Server, Watched
 
 pytestmark = pytest.mark.browser
 
-INSIDE = "document.querySelector('#leanscope').firstElementChild.shadowRoot"
-SLUGS = list(all_lessons())
-QUICK = {
-    "decode": {"tokens": 12},
-    "sinks": {"tokens": 96, "window": 32},
-    "heavy-hitters": {"tokens": 96, "steps": 6},
-    "heads": {"steps": 10},
-    "ring": {"ranks": 2, "length": 64},
-}
+SIZE = {"width": 1440, "height": 844}
+CURRENT = f"[...{INSIDE}.querySelectorAll('.dash')].findIndex((d) => d.getAttribute('aria-current') === 'step')"
+BEAT = f"{INSIDE}.querySelector('.beat-body').textContent"
+UNTOLD = r"\{|…(?!\s*$)"  # a fact that has not come; a text may end in three dots
+every_lesson = pytest.mark.parametrize("opened", all_lessons(), indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The real lessons, with this machine's model and a cache of recordings of its own."""
-    cache = tmp_path_factory.mktemp("lessons")
-    if smollm2.folder().is_dir():
-        (cache / smollm2.folder().name).symlink_to(smollm2.folder())
-    with serving("--no-warm", cache=cache, program=COMMAND) as running:
-        yield running
+def opened(request: pytest.FixtureRequest, server: Server, chromium: Any) -> Iterator[tuple[str, Watched]]:
+    """A lesson and its page, opened at its first beat, its run done: for all tests of this lesson."""
+    context = chromium.new_context(viewport=SIZE, color_scheme="light")
+    page = Watched(context.new_page())
+    open_done(page, address(server, request.param))
+    yield request.param, page
+    context.close()
 
 
-def address(server: Server, slug: str, *, beat: int = 0, step: int = 0, **values: object) -> str:
-    lesson = all_lessons()[slug]
-    toy = {"model": TOY} if "model" in lesson.knobs.names() else {}
-    knobs, problems = check(lesson.knobs, {**toy, **QUICK.get(slug, {}), **values})
-    assert problems == []
-    return f"{server.url}/lesson/{slug}?s={encode(lesson, Place(knobs, beat, step))}"
+@pytest.fixture
+def lesson(opened: tuple[str, Watched]) -> Iterator[tuple[str, Watched]]:
+    """The page for one test, which fails when anything went wrong on the page meanwhile."""
+    _, page = opened
+    yield opened
+    wrongs = list(page.wrongs)
+    page.forget()
+    page.page.set_viewport_size(SIZE)
+    page.page.emulate_media(color_scheme="light")
+    assert not wrongs, wrongs
 
 
-def open_done(page: Watched, url: str) -> None:
-    page.open(url)
-    page.until("window.leanscope?.ready", seconds=60)
-    page.until(f"{INSIDE}.querySelectorAll('[role=tabpanel] table tbody tr').length > 0", seconds=90)
-
-
-@pytest.mark.parametrize("slug", SLUGS)
-def test_a_lesson_is_played_to_its_end_by_keyboard(server: Server, chromium_page: Watched, slug: str) -> None:
-    open_done(chromium_page, address(server, slug))
-    keyboard = chromium_page.page.keyboard
-    beats = len(all_lessons()[slug].beats)
-    for n in range(1, beats):
-        keyboard.press("Space")
-        current = f"[...{INSIDE}.querySelectorAll('.dash')].findIndex((d) => d.getAttribute('aria-current') === 'step')"
-        chromium_page.until(f"{current} === {n}")
-    keyboard.press("End")
-    chromium_page.until("leanscope.step === leanscope.steps - 1 && leanscope.steps > 1", seconds=60)  # a beat may start a run
-    keyboard.press("Home")
-    chromium_page.until("leanscope.step === 0")
-    keyboard.press(".")
-    chromium_page.until("leanscope.step === 1")
-    keyboard.press("k")
-    chromium_page.until("leanscope.step > 3")
-    text = chromium_page.page.evaluate(f"{INSIDE}.querySelector('.beat-body').textContent")
-    assert "{" not in text, "a fact was not filled in"
-
-
-@pytest.mark.parametrize("slug", SLUGS)
-def test_every_beat_has_its_numbers(server: Server, chromium_page: Watched, slug: str) -> None:
-    for beat in range(len(all_lessons()[slug].beats)):
-        open_done(chromium_page, address(server, slug, beat=beat))
-        text = chromium_page.page.evaluate(f"{INSIDE}.querySelector('.beat-body').textContent")
-        assert not re.search(r"\{\w+|…(?!\s*$)|NaN|undefined", text), text
-
-
-@pytest.mark.parametrize("slug", SLUGS)
-def test_the_claims_stand_on_the_page_with_their_verdicts(server: Server, chromium_page: Watched, slug: str) -> None:
-    open_done(chromium_page, address(server, slug))
-    table = chromium_page.page.evaluate(f"{INSIDE}.querySelector('[role=tabpanel] table').textContent")
+@every_lesson
+def test_the_claims_stand_on_the_page_with_their_verdicts(lesson: tuple[str, Watched]) -> None:
+    slug, page = lesson
+    table = page.page.evaluate(f"{INSIDE}.querySelector('[role=tabpanel] table').textContent")
     for claim in all_lessons()[slug].claims:
         assert claim.text in table
     assert len(re.findall("agrees|differs|untestable|not testable", table)) >= len(all_lessons()[slug].claims)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@every_lesson
+def test_axe_finds_nothing_serious(lesson: tuple[str, Watched], theme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    _, page = lesson
+    page.page.emulate_media(color_scheme=theme)
+    page.until(f"{INSIDE}.querySelector('.leanscope').dataset.theme === '{theme}'")
+    found = Axe().run(page.page).response["violations"]
+    bad = [f"{v['id']}: {n['html'][:160]}" for v in found if v["impact"] in ("critical", "serious") for n in v["nodes"]]
+    assert not bad
+
+
+@pytest.mark.parametrize("width", [1440, 1024, 390])
+@every_lesson
+def test_no_lesson_scrolls_sideways(lesson: tuple[str, Watched], width: int) -> None:
+    _, page = lesson
+    page.page.set_viewport_size({**SIZE, "width": width})
+    page.until(f"document.scrollingElement.scrollWidth <= {width}", seconds=5)
+
+
+@every_lesson
+def test_a_lesson_is_played_to_its_end_by_keyboard_and_every_beat_has_its_numbers(lesson: tuple[str, Watched]) -> None:
+    slug, page = lesson
+    keyboard = page.page.keyboard
+    for n in range(len(all_lessons()[slug].beats)):
+        if n:
+            keyboard.press("Space")
+        page.until(f"{CURRENT} === {n}")
+        page.until(f"!/{UNTOLD}/.test({BEAT})", seconds=90)  # a beat may start a run
+        text = page.page.evaluate(BEAT)
+        assert not re.search(rf"{UNTOLD}|NaN|undefined", text), f"beat {n}: {text}"
+    keyboard.press("End")
+    page.until("leanscope.step === leanscope.steps - 1 && leanscope.steps > 1", seconds=60)
+    keyboard.press("Home")
+    page.until("leanscope.step === 0")
+    keyboard.press(".")
+    page.until("leanscope.step === 1")
+    keyboard.press("k")
+    page.until("leanscope.step > 3")
+
+
+@every_lesson
+def test_a_shared_link_opens_the_same_place(lesson: tuple[str, Watched]) -> None:
+    """The address follows the learner; opened on a phone it leads to the same beat and step."""
+    slug, page = lesson
+    for key in (",", "Home", ".", ".", "."):
+        page.page.keyboard.press(key)
+    page.until("leanscope.step === 3")
+    beat = page.page.evaluate(CURRENT)
+    end = time.monotonic() + 20
+    while place_of(slug, page) != (beat, 3):
+        assert time.monotonic() < end, f"the address says {place_of(slug, page)}, not {(beat, 3)}"
+        time.sleep(0.05)
+    url = page.page.evaluate("location.href")
+    page.page.set_viewport_size({**SIZE, "width": 390})
+    page.page.goto("about:blank")
+    open_done(page, url)
+    page.until("leanscope.step === 3")
+    assert page.page.evaluate(CURRENT) == beat
+    assert page.page.evaluate("document.scrollingElement.scrollWidth") <= 390
+
+
+def place_of(slug: str, page: Watched) -> tuple[int, int]:
+    """Beat and step of the page's address."""
+    place, problems = decode(all_lessons()[slug], first(page.page.evaluate("location.search.slice(1)"), "s"))
+    assert problems == []
+    return place.beat, place.step
 
 
 def test_a_cells_arithmetic_has_the_runs_numbers(server: Server, chromium_page: Watched) -> None:
@@ -114,38 +154,6 @@ def test_a_cells_arithmetic_has_the_runs_numbers(server: Server, chromium_page: 
         assert value in whole or value.replace("-", "−") in whole
     pattern = recording.stack("attention.pattern", layer=layer)[0, head, query, key]
     np.testing.assert_allclose(sums.values["share"], pattern, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("slug", SLUGS)
-def test_a_shared_link_opens_the_same_place(server: Server, chromium_page: Watched, slug: str) -> None:
-    open_done(chromium_page, address(server, slug, beat=1, step=2))
-    assert chromium_page.page.evaluate("leanscope.step") == 2
-    chromium_page.page.keyboard.press(".")
-    chromium_page.until("leanscope.step === 3 && location.search.includes('s=')")
-    chromium_page.page.wait_for_timeout(600)
-    url = chromium_page.page.url
-    open_done(chromium_page, url)
-    chromium_page.until("leanscope.step === 3")
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("slug", SLUGS)
-def test_axe_finds_nothing_serious(server: Server, chromium_page: Watched, slug: str, theme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
-    chromium_page.page.emulate_media(color_scheme=theme)
-    open_done(chromium_page, address(server, slug))
-    found = Axe().run(chromium_page.page).response["violations"]
-    bad = [f"{v['id']}: {n['html'][:160]}" for v in found if v["impact"] in ("critical", "serious") for n in v["nodes"]]
-    assert not bad
-
-
-@pytest.mark.parametrize("width", [1440, 1024, 390])
-@pytest.mark.parametrize("slug", SLUGS)
-def test_no_lesson_scrolls_sideways(server: Server, chromium_page: Watched, slug: str, width: int) -> None:
-    chromium_page.page.set_viewport_size({"width": width, "height": 844})
-    open_done(chromium_page, address(server, slug))
-    assert chromium_page.page.evaluate("document.scrollingElement.scrollWidth") <= width
 
 
 @pytest.mark.real

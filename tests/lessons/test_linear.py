@@ -6,8 +6,8 @@ import pytest
 import lessons.linear as lesson
 from app.runs import execute
 from lessons.kernels import ERROR, ESTIMATE, KERNEL, KINDS
-from lessons.knobs import check
 from lessons.recall import FOUND, PAIRS, TOLD, code, one_pair
+from tests.lessons.pages import INSIDE, address, open_done
 
 
 @pytest.fixture(scope="module", params=[{}, {"map": "none"}, {"decay": 0.9}, {"map": "positive", "features": 20}])
@@ -70,19 +70,11 @@ def test_questions_are_as_long_as_asked_and_hold_their_pairs():
 
 
 @pytest.mark.browser
-def test_a_faded_cell_is_opened_by_keyboard(tmp_path, chromium_page):
-    from app.link import Place, encode
-    from tests.support import REAL, serving
-
-    with serving("--no-warm", cache=tmp_path / "cache", program=REAL) as server:
-        knobs, _ = check(lesson.Turn, {"tokens": 24, "decay": 0.9})
-        inside = "document.querySelector('#leanscope').firstElementChild.shadowRoot"
-        chromium_page.open(f"{server.url}/lesson/linear?s={encode(lesson.LESSON, Place(knobs, 2, 23))}")
-        chromium_page.until("window.leanscope?.ready", seconds=60)
-        chromium_page.until(f"{inside}.querySelectorAll('[role=tabpanel] table tbody tr').length > 0", seconds=90)
-        chromium_page.page.keyboard.press("End")
-        canvas = chromium_page.page.locator("[data-view=implied] canvas").first
-        canvas.focus()
-        chromium_page.page.keyboard.press("ArrowDown")
-        chromium_page.page.keyboard.press("Enter")
-        chromium_page.until(f"/share by the matrix/.test({inside}.textContent)")
+def test_a_faded_cell_is_opened_by_keyboard(server, chromium_page):
+    open_done(chromium_page, address(server, "linear", beat=2, step=23, tokens=24, decay=0.9))
+    chromium_page.page.keyboard.press("End")
+    canvas = chromium_page.page.locator("[data-view=implied] canvas").first
+    canvas.focus()
+    chromium_page.page.keyboard.press("ArrowDown")
+    chromium_page.page.keyboard.press("Enter")
+    chromium_page.until(f"/share by the matrix/.test({INSIDE}.textContent)")

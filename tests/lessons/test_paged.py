@@ -9,7 +9,7 @@ from app.runs import execute
 from lessons.models import TOY
 from lessons.paged import LESSON, Turn, entry_cell
 from lessons.paging import DROPPED, LIVE
-from tests.lessons.test_in_browser import INSIDE, address, open_done, server  # noqa: F401
+from tests.lessons.pages import INSIDE, address, open_done
 from tests.support import Server, Watched
 
 
@@ -72,10 +72,7 @@ def test_an_entry_opens_the_address_of_its_words():
 
 
 @pytest.mark.browser
-def test_a_shared_prompt_is_switched_on_and_a_block_counts_two_readers(
-    server: Server,  # noqa: F811
-    chromium_page: Watched,
-) -> None:
+def test_a_shared_prompt_is_switched_on_and_a_block_counts_two_readers(server: Server, chromium_page: Watched) -> None:
     page = chromium_page
     open_done(page, address(server, "paged", beat=4, step=4, shared=True))
     refs = f"[...{INSIDE}.querySelectorAll('.blocks-refs.shared')].map((e) => e.textContent)"

@@ -10,9 +10,7 @@ from lessons import lesson, roofline
 from lessons.latent import key_cell, value_cell
 from lessons.models import TOY
 from lessons.roofline import POINTS, RATE, point_cell, sizes
-
-from .test_in_browser import INSIDE, address, open_done
-from .test_in_browser import server as server  # the fixture
+from tests.lessons.pages import INSIDE, address, open_done
 
 QUICK = {"model": TOY, "batch": 3, "prompt": 9}
 

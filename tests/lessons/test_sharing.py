@@ -5,19 +5,17 @@ import functools
 import numpy as np
 import pytest
 
-from app.link import Place, encode
 from app.runs import execute
 from engine import checkpoints, cost
 from engine.mixers.pooling import repeat
 from engine.published import PUBLISHED
 from lessons.heads import LESSON as HEADS
 from lessons.heads import lost_cell
-from lessons.knobs import check
 from lessons.layers_share import DONE, KIND, LIT, READS, done_cell
 from lessons.layers_share import LESSON as LAYERS
 from lessons.looking import GROUPS, OFFERED, OVERLAP, PATTERN, WIRES, look_cell
 from lessons.sharing import BYTES, FIELDS, MODELS, calculator, compute, toy, weigh
-from tests.support import REAL, serving
+from tests.lessons.pages import INSIDE, address, open_done
 
 TYPED = {f.name: f.value for f in FIELDS}
 IDS = list(range(3, 40))
@@ -174,30 +172,13 @@ def test_a_toy_without_weights_shows_its_cache_and_no_judgement(monkeypatch):
     assert recording.track(BYTES, design="yoco").latest().sum() == 768
 
 
-INSIDE = "document.querySelector('#leanscope').firstElementChild.shadowRoot"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving("--no-warm", cache=tmp_path_factory.mktemp("sharing"), program=REAL) as running:
-        yield running
-
-
-def opened(page, server, lesson, beat, *, step=0, **values):
-    knobs, problems = check(lesson.knobs, values)
-    assert problems == []
-    page.open(f"{server.url}/lesson/{lesson.slug}?s={encode(lesson, Place(knobs, beat, step))}")
-    page.until("window.leanscope?.ready", seconds=60)
-    page.until(f"{INSIDE}.querySelectorAll('[role=tabpanel] table tbody tr').length > 0", seconds=90)
-
-
 def text_of(view):
     return f"{INSIDE}.querySelector('[data-view={view}]').textContent"
 
 
 @pytest.mark.browser
 def test_wires_run_together_and_the_strip_shrinks_on_the_page(server, chromium_page):
-    opened(chromium_page, server, HEADS, 0, steps=10)
+    open_done(chromium_page, address(server, "heads"))
     chromium_page.until(f"{text_of('wires')}.includes('8 key heads') && {text_of('strip')}.includes('3,072')")
     for heads_left, kept in (("4 key heads", "1,536"), ("2 key heads", "768"), ("1 key head", "384")):
         chromium_page.page.keyboard.press(".")
@@ -209,11 +190,11 @@ def test_wires_run_together_and_the_strip_shrinks_on_the_page(server, chromium_p
 
 @pytest.mark.browser
 def test_layers_that_only_ask_point_down_and_the_calculator_answers_at_its_field(server, chromium_page):
-    opened(chromium_page, server, LAYERS, 2, step=11, prompt=24)
+    open_done(chromium_page, address(server, "layers-share", beat=2, step=11, prompt=24))
     chromium_page.until("leanscope.step === 11")
     stack = f"{INSIDE}.querySelector('[data-view=stack] svg').getAttribute('aria-label')"
     chromium_page.until(f"{stack}.includes('layer 3, only asks, reads the cache of layer 2, stores 0')")
-    opened(chromium_page, server, LAYERS, 8, prompt=24)
+    open_done(chromium_page, address(server, "layers-share", beat=8, prompt=24))
     chromium_page.until(f"{text_of('calculator')}.includes('524.3 kB')")
     field = chromium_page.page.locator("#calculator-kv_heads")
     field.fill("8")

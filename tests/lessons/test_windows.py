@@ -8,6 +8,7 @@ from app.runs import execute
 from engine.mixers.windows import attended_cells, receptive_field
 from lessons.knobs import check
 from lessons.patterns import PATTERNS, held_of, mask_of, matrix_cell, sizes, sums
+from tests.lessons.pages import INSIDE, address, open_done
 
 
 @pytest.fixture(scope="module", params=["window", "interleaved", "global", "dilated"])
@@ -86,26 +87,18 @@ CORNER = """(() => {
 
 
 @pytest.mark.browser
-def test_another_pattern_opens_other_cells(tmp_path, chromium_page):
+def test_another_pattern_opens_other_cells(server, chromium_page):
     """What a window leaves out is grey, and darker than what stays open; through "Every cell" nothing is."""
-    from app.link import Place, encode
-    from tests.support import REAL, serving
-
-    with serving("--no-warm", cache=tmp_path / "cache", program=REAL) as server:
-        inside = "document.querySelector('#leanscope').firstElementChild.shadowRoot"
-        seen, pixels = [], {}
-        for pattern in ("window", "full"):
-            knobs, _ = check(lesson.Turn, {"pattern": pattern, "tokens": 80})
-            chromium_page.open(f"{server.url}/lesson/windows?s={encode(lesson.LESSON, Place(knobs, 1, 0))}")
-            chromium_page.until("window.leanscope?.ready", seconds=60)
-            chromium_page.until(f"{inside}.querySelectorAll('[role=tabpanel] table tbody tr').length > 0", seconds=90)
-            chromium_page.page.keyboard.press("End")
-            chromium_page.until("leanscope.step === leanscope.steps - 1")
-            chromium_page.page.wait_for_timeout(300)
-            number = f"{inside}.querySelector('[data-view=counters] .number-value')"
-            seen.append(chromium_page.until(f"{number}.textContent"))
-            pixels[pattern] = chromium_page.page.evaluate(CORNER.replace("INSIDE", inside))
-        opened, all_of_them = (int("".join(c for c in text if c.isdigit())) for text in seen)
-        assert opened < all_of_them
-        assert pixels["window"][1] == pixels["full"][1], "an open cell looks alike in both"
-        assert pixels["window"][0] != pixels["full"][0], "a cell left out is greyed"
+    seen, pixels = [], {}
+    for pattern in ("window", "full"):
+        open_done(chromium_page, address(server, "windows", beat=1, pattern=pattern, tokens=80))
+        chromium_page.page.keyboard.press("End")
+        chromium_page.until("leanscope.step === leanscope.steps - 1")
+        chromium_page.page.wait_for_timeout(300)
+        number = f"{INSIDE}.querySelector('[data-view=counters] .number-value')"
+        seen.append(chromium_page.until(f"{number}.textContent"))
+        pixels[pattern] = chromium_page.page.evaluate(CORNER.replace("INSIDE", INSIDE))
+    opened, all_of_them = (int("".join(c for c in text if c.isdigit())) for text in seen)
+    assert opened < all_of_them
+    assert pixels["window"][1] == pixels["full"][1], "an open cell looks alike in both"
+    assert pixels["window"][0] != pixels["full"][0], "a cell left out is greyed"
