@@ -9,6 +9,7 @@ from app.runs import execute
 from engine import checkpoints
 from lessons.knobs import check
 from lessons.recall import FOUND, PAIRS, TOLD
+from tests.lessons.pages import INSIDE, address, open_done
 
 needs_mamba = pytest.mark.skipif(not checkpoints.available("mamba")[0], reason="not trained yet: mamba")
 
@@ -66,18 +67,10 @@ def test_recall_has_a_point_for_each_number_of_pairs(run):
 
 @pytest.mark.browser
 @needs_mamba
-def test_a_states_number_is_opened_by_keyboard(tmp_path, chromium_page):
-    from app.link import Place, encode
-    from tests.support import REAL, serving
-
-    with serving("--no-warm", cache=tmp_path / "cache", program=REAL) as server:
-        knobs, _ = check(lesson.Turn, {"pairs": 4})
-        inside = "document.querySelector('#leanscope').firstElementChild.shadowRoot"
-        chromium_page.open(f"{server.url}/lesson/ssm?s={encode(lesson.LESSON, Place(knobs, 2, 12))}")
-        chromium_page.until("window.leanscope?.ready", seconds=60)
-        chromium_page.until(f"{inside}.querySelectorAll('[role=tabpanel] table tbody tr').length > 0", seconds=90)
-        canvas = chromium_page.page.locator("[data-view=history] canvas").first
-        canvas.focus()
-        chromium_page.page.keyboard.press("ArrowDown")
-        chromium_page.page.keyboard.press("Enter")
-        chromium_page.until(f"/chosen by this token/.test({inside}.textContent)")
+def test_a_states_number_is_opened_by_keyboard(server, chromium_page):
+    open_done(chromium_page, address(server, "ssm", beat=2, step=12, pairs=4))
+    canvas = chromium_page.page.locator("[data-view=history] canvas").first
+    canvas.focus()
+    chromium_page.page.keyboard.press("ArrowDown")
+    chromium_page.page.keyboard.press("Enter")
+    chromium_page.until(f"/chosen by this token/.test({INSIDE}.textContent)")
