@@ -14,6 +14,8 @@ QUICK = {
     "heavy-hitters": {"tokens": 96, "steps": 6},
     "heads": {"steps": 10},
     "ring": {"ranks": 2, "length": 64},
+    "outliers": {"tokens": 64},
+    "qat": {"steps": 10},
 }
 
 
