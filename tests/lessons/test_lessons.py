@@ -21,6 +21,7 @@ from lessons import all_lessons
 from lessons.knobs import check
 from lessons.lesson import PARTS
 from lessons.models import REAL, TOY
+from tests.app.still import check as plays_as_files
 from tests.lessons.pages import QUICK
 
 SLUGS = list(all_lessons())
@@ -124,6 +125,9 @@ def test_a_lesson_runs_draws_opens_cells_and_measures_its_claims(slug, values):
     for mark in found.marks:
         assert 0 <= mark["step"] < recording.steps
         assert mark["label"]
+
+    if values == ({"model": TOY} if "model" in lesson.knobs.names() else {}):
+        plays_as_files(lesson, knobs, recording)
 
     for beat in lesson.beats:
         for fact in facts_in(beat):
