@@ -17,7 +17,8 @@ export async function playFiles(render) {
     const places = { fonts: about.fonts ? `${about.up}fonts/` : "", home: `${about.up}index.html` };
     const query = new URLSearchParams(location.search);
     const model = page.course ? modelOf({ course: page.course, places, start: {} }, {}).model : lessonModel(page, shelf, places, query);
-    render({ model, el: host.attachShadow({ mode: "open" }).appendChild(make("div")) });
+    const inner = host.appendChild(make("div")); // as Panel has it: the page lives in a shadow root inside
+    render({ model, el: inner.attachShadow({ mode: "open" }).appendChild(make("div")) });
   } catch (error) {
     host.append(make("main", { class: "plain" }, make("h1", {}, "This page can’t be shown."), make("p", {}, error.message)));
   }
