@@ -29,16 +29,13 @@ def asked_now(model: Decoder, cache: Full, ids: Tensor | Sequence[Sequence[int]]
 
 @torch.inference_mode()
 def asked_together(model: Decoder, tokenizer: Speaks, questions: Sequence[Question]) -> list[bool]:
-    """Which questions the model answers right, all in one pass. Their prompts must be of one length, and an answer one
-    token: what `engine.evaluate.ask` finds for each of them, sooner."""
+    """Which questions the model answers right, all in one pass: what `engine.evaluate.ask` finds for each, sooner.
+    Their prompts must be of one length, and so must their answers."""
     prompts = [tokenizer.prompt(q.prompt) for q in questions]
     wanted = [tokenizer.encode(q.answer) for q in questions]
-    lengths = {len(p) for p in prompts}
-    if len(lengths) != 1 or any(len(w) != 1 for w in wanted):
-        raise ValueError(
-            f"questions must have prompts of one length and answers of one token, not lengths {sorted(lengths)} "
-            f"and {sorted({len(w) for w in wanted})}"
-        )
-    ids = torch.tensor(prompts, device=model.embed.weight.device)  # N T
-    said = model.logits(model.hidden(ids)[:, -1]).argmax(-1).tolist()
-    return [s == w[0] for s, w in zip(said, wanted, strict=True)]
+    lengths = {(len(p), len(w)) for p, w in zip(prompts, wanted, strict=True)}
+    if len(lengths) != 1 or not all(map(min, lengths)):
+        raise ValueError(f"questions must have prompts and answers of one length each, not {sorted(lengths)} tokens")
+    ids = torch.tensor([p + w[:-1] for p, w in zip(prompts, wanted, strict=True)], device=model.embed.weight.device)
+    said = model.logits(model.hidden(ids)[:, -len(wanted[0]) :]).argmax(-1)  # N answer
+    return (said == torch.tensor(wanted, device=said.device)).all(1).tolist()

@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.mixers.state import at_least, wide
-from engine.mixers.titans import Memory, chunked, gradients, recall, shares, within_chunk
+from engine.mixers.titans import (
+    Memory,
+    chunk_parts,
+    chunked,
+    gradients,
+    multiplications,
+    recall,
+    shares,
+    within_chunk,
+)
 from engine.recording import recording_on, site, tap
 
 if TYPE_CHECKING:
@@ -127,9 +136,24 @@ class NeuralMemory(nn.Module):
         computed = (found[0] * MAX_RATE, found[1], found[2])
         return [c if s is None else torch.full_like(c, s) for c, s in zip(computed, by_hand, strict=True)]
 
+    def multiplications(self, rows: int, *, age: int) -> tuple[int, int]:
+        """Of reading `rows` tokens in a chunk that has `age` already: those with weights of the layer, and those of
+        learning and answering."""
+        H, D = self.start[0].shape[:2]
+        made = rows * (self.qkv.in_features * self.qkv.out_features + self.qkv.in_features * 3 * H)
+        parts = chunk_parts(rows, age=age, chunk=self.chunk)
+        return made, H * sum(multiplications("chunked", c, D, depth=len(self.start), chunk=c) for c in parts)
+
+    def asking(self, rows: int) -> int:
+        """Multiplications of asking without learning, those with weights of the layer not counted."""
+        H, D = self.start[0].shape[:2]
+        return rows * H * len(self.start) * D * D
+
     def show(self, x: Tensor, memory: Memory, *, show: int) -> None:
         """Taps of the last `show` tokens of x, which `memory` has not read yet."""
         layer = self.layer
+        if not any(recording_on(name, layer=layer) for name in (RATE, MOMENTUM, FORGETTING, SURPRISE, ERROR, WEIGHTS)):
+            return
         q, k, v = self.project(x)
         controls = self.control(x)
         for name, value in zip((RATE, MOMENTUM, FORGETTING), controls, strict=True):

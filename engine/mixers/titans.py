@@ -165,6 +165,13 @@ def check_memory(
             raise ValueError(f"{name} must have shape {list(q.shape[:3])}, a number a token, not {list(x.shape)}")
 
 
+def chunk_parts(rows: int, *, age: int, chunk: int) -> list[int]:
+    """How `rows` tokens fall into chunks, the first of which has `age` tokens already."""
+    first = min(rows, chunk - age)
+    whole, rest = divmod(rows - first, chunk)
+    return [first] + [chunk] * whole + [rest] * (rest > 0)
+
+
 def multiplications(form: str, T: int, D: int, *, depth: int = 1, chunk: int = 1) -> int:
     """Multiplications in the products of one head with `depth` matrices of D by D, over T tokens.
 

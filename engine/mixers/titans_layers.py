@@ -24,8 +24,8 @@ from engine.mixers.neural_memory import NeuralMemory
 from engine.mixers.rope import Rope
 from engine.mixers.softmax import PATTERN, attend, attention_scores
 from engine.mixers.state import at_least, carried, carry, check_tokens, positions
-from engine.mixers.titans import Memory
-from engine.mixers.windows import in_text, may_look, window_view
+from engine.mixers.titans import Memory, chunk_parts
+from engine.mixers.windows import in_text, kept_positions, may_look, window_view
 from engine.recording import recording_on, site, tap
 
 if TYPE_CHECKING:
@@ -82,6 +82,18 @@ class MemoryAsGate(nn.Module):
         long, memory = self.memory(x, memory)  # B T H*D
         carry(cache, self.layer, (past, memory))
         return self.out(self.norm_short(short) * torch.sigmoid(self.norm_long(long)))
+
+    def multiplications(self, *, rows: int, keys: int) -> dict[str, int]:
+        """As `forward` computes it: new tokens by persistent ones, by what the window keeps and themselves, part by
+        part; the memory's own products are "qkv" where they are made, and "values" where it learns and answers."""
+        W, inner, P = self.qkv.in_features, self.out.in_features, len(self.persistent)
+        cells, parts = 0, range(0, rows, 2 * self.window)
+        for start in parts:
+            c = min(2 * self.window, rows - start)
+            cells += c * (P + len(kept_positions(keys - rows + start, window=self.window)) + c)
+        made, learnt = self.memory.multiplications(rows, age=(keys - rows) % self.memory.chunk)
+        met = cells * inner
+        return {"qkv": len(parts) * P * W * 3 * inner + made, "scores": met, "values": met + learnt}
 
     def _attend(self, q: Tensor, view: View, k_at: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What the queries [B, H, c, D] find in persistent tokens and window; with the shares, if they are recorded."""
@@ -142,6 +154,22 @@ class MemoryAsContext(nn.Module):
         show_shares(shares, sites, layer=self.layer, show=show)
         self.memory.show(torch.cat(short, 1), before[1], show=show)
         return self.out(torch.cat(gated, 1))
+
+    def multiplications(self, *, rows: int, keys: int) -> dict[str, int]:
+        """As `forward` computes it, segment by segment: the memory is asked, its answers and the tokens are met, what
+        was found is learned and answered again. Beside `qkv`, all products with weights are in "qkv"."""
+        W, inner, P = self.qkv.in_features, self.answer.in_features, len(self.persistent)
+        age = (keys - rows) % self.segment
+        cells, asked, parts = 0, 0, chunk_parts(rows, age=age, chunk=self.segment)
+        for c in parts:
+            age += c
+            cells += c * (P + 2 * age)
+            asked += self.memory.asking(c)
+            age %= self.segment
+        made, learnt = self.memory.multiplications(rows, age=(keys - rows) % self.segment)
+        made += rows * (W * 3 * inner + W * 3 * inner + 3 * inner * W)  # asking, the answers' keys; answer, found, gate
+        met = cells * inner
+        return {"qkv": made + len(parts) * P * W * 3 * inner, "scores": met, "values": met + asked + learnt}
 
     def _attend(
         self, x: Tensor, rope: Rope, places: range, past: Segment | None, memory: Memory

@@ -8,7 +8,7 @@ from engine.caches.full import Full
 from engine.evaluate import ask
 from engine.probing import asked_now, asked_together
 from engine.toyland import Grammar, Tokenizer
-from engine.toyland.questions import pairs_question
+from engine.toyland.questions import pairs_question, passkey_question
 
 NAMES = ("toy", "mamba", "rwkv", "hybrid", "titans", "linear")
 
@@ -30,11 +30,16 @@ def test_asked_now_is_reading_it_all_and_changes_nothing(name):
 
 
 def test_asked_together_is_asking_one_by_one():
-    model, tokenizer = checkpoints.load("window")
-    questions = [pairs_question(Grammar(), pairs=20, seed=n) for n in range(16)]
-    wanted = [ask(model, tokenizer, q).right for q in questions]
-    assert 0 < sum(wanted) < len(wanted)
-    assert asked_together(model, tokenizer, questions) == wanted
+    pairs = [pairs_question(Grammar(), pairs=20, seed=n) for n in range(16)]
+    codes = [passkey_question(Grammar(), before=1, after=6, seed=n) for n in range(6)]
+    for name, questions in (("window", pairs), ("window", codes), ("toy", codes)):
+        model, tokenizer = checkpoints.load(name)
+        wanted = [ask(model, tokenizer, q).right for q in questions]
+        assert asked_together(model, tokenizer, questions) == wanted
+        assert (
+            sum(wanted)
+            in {("window", 16): range(1, 16), ("window", 6): range(6), ("toy", 6): range(1, 7)}[name, len(questions)]
+        )
 
 
 def test_bad_questions_get_a_sentence():

@@ -12,6 +12,7 @@ from engine.mixers.performer import performer, trigonometric_features
 from engine.mixers.retention import Retention
 from engine.mixers.rwkv import Rwkv
 from engine.mixers.softmax import SoftmaxAttention
+from engine.mixers.titans_layers import MemoryAsContext, MemoryAsGate
 from engine.mixers.windows import WindowAttention, interleaved
 
 from .common import SHAPE, Multiplications, decoder, tokens
@@ -36,6 +37,10 @@ MIXERS = {
     "performer": lambda i: performer(SHAPE, i, count=5, chunk=4),
     "trigonometric performer": lambda i: performer(SHAPE, i, count=5, features=trigonometric_features),
     "retention": lambda i: Retention(SHAPE, i, chunk=4),
+    "titans, gate": lambda i: MemoryAsGate(SHAPE, i, window=3, chunk=4),
+    "titans, gate, deep": lambda i: MemoryAsGate(SHAPE, i, window=2, depth=2, chunk=3, persistent=1),
+    "titans, context": lambda i: MemoryAsContext(SHAPE, i, segment=4),
+    "titans, context, deep": lambda i: MemoryAsContext(SHAPE, i, segment=3, depth=2, persistent=0),
 }
 
 
