@@ -22,61 +22,56 @@ export function createCamera(stage, folder) {
     return fonts;
   };
 
-  /** The scene at `step` as SVG text; its canvases so many times finer than the page's pixels. */
-  const drawn = (step, by, css) => {
+  /** The scene at `step` as SVG text. What is for the eye alone, as the spotlight, is left out. */
+  const drawn = (step, css) => {
     const element = stage.element();
     const spot = element.querySelector(".spot");
-    finely(by);
     element.classList.add("taken");
     spot?.classList.remove("spot");
     try {
-      stage.resize();
       stage.draw(step);
       return new XMLSerializer().serializeToString(svgOf(element, { caption: stage.captions(step), fonts: css, ...stage.colours() }));
     } finally {
-      finely(0);
       spot?.classList.add("spot");
       element.classList.remove("taken");
     }
   };
 
-  const put = (step) => {
+  /** Do `work` with canvases so many times finer than the page's pixels; then the page is as it was, at step `back()`. */
+  const finer = async (by, back, work) => {
+    const css = await embedded();
+    finely(by);
     stage.resize();
-    stage.draw(step);
+    try {
+      return await work(css);
+    } finally {
+      finely(0);
+      stage.resize();
+      stage.draw(back());
+    }
   };
 
   return {
-    async svg(step) {
-      const text = drawn(step, FINE, await embedded());
-      put(step);
-      return `<?xml version="1.0" encoding="UTF-8"?>\n${text}\n`;
-    },
+    svg: (step) => finer(FINE, () => step, (css) => `<?xml version="1.0" encoding="UTF-8"?>\n${drawn(step, css)}\n`),
     async png(step) {
-      const text = drawn(step, FINE, await embedded());
-      put(step);
+      const text = await finer(FINE, () => step, (css) => drawn(step, css));
       const canvas = await rendered(text, FINE);
       const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
       return new Uint8Array(await blob.arrayBuffer());
     },
     /** The steps as an animation. `progress(done, of)` returns false to give up: then there is no file, but null. */
-    async gif(steps, rate, progress, back) {
-      const css = await embedded();
-      const shot = async (step, keep) => pixelsOf(await rendered(drawn(step, 1, css), 1, keep));
-      try {
+    gif: (steps, rate, progress, back) =>
+      finer(1, back, async (css) => {
+        const shot = async (step, like) => pixelsOf(await rendered(drawn(step, css), 1, like));
         const first = await shot(steps[0]);
-        const middle = await shot(steps[steps.length >> 1], first);
-        const last = await shot(steps[steps.length - 1], first);
+        const [middle, last] = [await shot(steps[steps.length >> 1], first), await shot(steps[steps.length - 1], first)];
         const gif = createGif(first.width, first.height, paletteOf([first.data, middle.data, last.data]));
         for (const [i, step] of steps.entries()) {
           if (progress(i, steps.length) === false) return null;
-          const { data } = await shot(step, first);
-          gif.add(data, i === steps.length - 1 ? Math.max(LAST, 100 / rate) : 100 / rate);
+          gif.add((await shot(step, first)).data, i === steps.length - 1 ? Math.max(LAST, 100 / rate) : 100 / rate);
         }
         return gif.bytes();
-      } finally {
-        put(back());
-      }
-    },
+      }),
   };
 }
 

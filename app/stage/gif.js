@@ -59,7 +59,8 @@ function measured(points) {
 /** `add(pixels, hundredths)` takes RGBA bytes and how long they stand; `bytes()` ends the file. */
 export function createGif(width, height, palette) {
   const out = [];
-  const known = new Map(palette.map((colour, i) => [colour, i]));
+  const known = new Int16Array(1 << 24).fill(-1); // colour -> its place in the palette
+  palette.forEach((colour, i) => (known[colour] = i));
   let before = null;
   const word = (value) => out.push(value & 255, (value >> 8) & 255);
   out.push(...[..."GIF89a"].map((letter) => letter.charCodeAt(0)));
@@ -77,29 +78,20 @@ export function createGif(width, height, palette) {
       const far = 2 * dr * dr + 4 * dg * dg + 3 * db * db;
       if (far < least) [best, least] = [i, far];
     }
-    known.set(colour, best);
+    known[colour] = best;
     return best;
-  };
-
-  const indexed = (pixels) => {
-    const words = new Uint32Array(pixels.buffer, pixels.byteOffset, pixels.length >> 2);
-    const made = new Uint8Array(words.length);
-    for (let i = 0; i < words.length; i += 1) {
-      const colour = words[i] & 0xffffff;
-      made[i] = known.get(colour) ?? nearest(colour);
-    }
-    return made;
   };
 
   return {
     add(pixels, hundredths) {
-      const now = indexed(pixels);
+      const now = new Uint32Array(pixels.buffer, pixels.byteOffset, pixels.length >> 2);
       const box = before ? changedBox(before, now, width, height) : { x: 0, y: 0, w: width, h: height };
       const part = new Uint8Array(box.w * box.h);
       for (let y = 0; y < box.h; y += 1) {
         for (let x = 0; x < box.w; x += 1) {
           const at = (box.y + y) * width + box.x + x;
-          part[y * box.w + x] = before && before[at] === now[at] ? SAME : now[at];
+          const colour = now[at] & 0xffffff;
+          part[y * box.w + x] = before && before[at] === now[at] ? SAME : known[colour] < 0 ? nearest(colour) : known[colour];
         }
       }
       out.push(0x21, 0xf9, 4, before ? 0x05 : 0x04);
