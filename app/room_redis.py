@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 AGAIN = 0.5  # seconds between two attempts to hear again
 REMEMBER = 3600  # seconds for which the code of a room that ended is known
 TIMEOUT = 5.0  # seconds for an answer
+CONNECTIONS = 12
 
 # KEYS: room, ended, all rooms. ARGV: seal, place, now, the time before which a room is over, ROOMS, its life, code
 MAKE = """
@@ -106,11 +107,19 @@ class RedisStore:
 
     def __init__(self, url: str, hear: Hear) -> None:
         self._hear = hear
-        self._redis = Redis.from_url(
-            url, decode_responses=True, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, health_check_interval=30
+        # A class that comes all at once waits for one of a few connections; unbounded, each would open its own.
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=CONNECTIONS,
+            timeout=TIMEOUT,
+            decode_responses=True,
+            socket_timeout=TIMEOUT,
+            socket_connect_timeout=TIMEOUT,
+            health_check_interval=30,
         )
+        self._redis = Redis.from_pool(pool)
         # Channels know no databases, so that theirs is part of the name.
-        self._root = f"leanscope:{self._redis.connection_pool.connection_kwargs.get('db', 0)}:room"
+        self._root = f"leanscope:{pool.connection_kwargs.get('db', 0)}:room"
         self._scripts = {
             name: self._redis.register_script(text)
             for name, text in {"make": MAKE, "put": PUT, "enter": ENTER, "vote": VOTE, "reveal": REVEAL}.items()

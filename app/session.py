@@ -226,6 +226,12 @@ class Session:
     def _apply(self, values: Mapping[Any, Any]) -> None:
         """Turn the knobs that fit; of each other one, say why it stays where it is."""
         fitting = self.knobs.values()
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            checked, problems = check(self.lesson.knobs, {**fitting, **values})  # as a rule all fit
+            if not problems:
+                self.knobs = checked
+                self._ask()
+                return
         for name, value in values.items():
             if not isinstance(name, str):
                 continue

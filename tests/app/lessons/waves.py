@@ -9,7 +9,7 @@ import param
 
 from engine.recording import event, note, site, step, tap
 from lessons.knobs import Knobs
-from lessons.lesson import Beat, Claim, Finding, Lesson, Mark, Scene
+from lessons.lesson import Beat, Claim, Finding, Lesson, Mark, Predict, Scene
 from lessons.views import Arithmetic, Heatmaps, Number, Numbers, Tokens, knob, of
 
 WAVE = site("waves.matrix", "a wave for each head", symbol="W", grows="query", low=0.0, high=1.0)
@@ -67,7 +67,11 @@ LESSON = Lesson(
     knobs=WavesKnobs,
     run=run,
     keep=lambda knobs: {"waves.*": {}},
-    beats=(Beat("First.", scene="all", step=0), Beat("Then {steps}.", scene="all"), Beat("Last.", scene="level")),
+    beats=(
+        Beat("First.", scene="all", step=0),
+        Beat("Then {steps}.", scene="all", predict=Predict("How many steps?", (4, 8, 16), "steps", format=",d")),
+        Beat("Last.", scene="level"),
+    ),
     scenes=(
         Scene(
             "all",
