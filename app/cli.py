@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     exporting = command("export", _export, "Write the pages as files that play from anywhere, without a server.")
     exporting.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
     exporting.add_argument("slugs", nargs="*", metavar="SLUG", help="some lessons; all by default")
-    exporting.add_argument("--model", default="", metavar="M", help="record this model in place of the default one: toy")
+    exporting.add_argument("--model", default="", metavar="M", help="record this model instead of the default one: toy")
     exporting.add_argument("--defaults", action="store_true", help="record the defaults, and no other snapshot")
     exporting.add_argument("--engine", default="", metavar="URL", help="where a server runs what is not recorded")
     exporting.add_argument("--check", action="store_true", help="write nothing: compare DIR with its checksums")
