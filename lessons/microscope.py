@@ -113,9 +113,10 @@ def look_at_codebook(x: Any, book: Codebook, **index: Any) -> None:
 
 
 def show_kmeans(x: Any, *, bits: int, **index: Any) -> Codebook:
-    """K-means at work on a small matrix: a step for each of its own, with the sum of squared distances. Keywords of
-    `kmeans` (granularity, group, start) are handed on; the rest are the taps' index."""
-    asked = {name: index.pop(name) for name in ("granularity", "group", "start") if name in index}
+    """K-means at work on a small matrix: a step for each of its own, with the sum of squared distances and the bits
+    that a codebook of 32-bit numbers takes. Keywords of `kmeans` (granularity, group, start, seed) are handed on; the
+    rest are the taps' index."""
+    asked = {name: index.pop(name) for name in ("granularity", "group", "start", "seed") if name in index}
     with record(keep={"kmeans.*": {}}) as seen:
         book = kmeans(x, bits=bits, most_steps=40, **asked)
     moves, blocks = seen.freeze(), blocks_of(book.grid, x)
@@ -123,7 +124,7 @@ def show_kmeans(x: Any, *, bits: int, **index: Any) -> Codebook:
     for (_, codes), (_, levels), (_, loss) in zip(*tracks, strict=True):
         look_at(x, codes, levels[blocks, codes], levels=levels, ends=(0, 2**bits - 1), block=blocks, **index)
         tap(DISTORTION, float(loss[0]), "", **index)
-        count_of(book, **index)
+        count(book.codes.numel(), codes=book.codes.numel() * bits, extra=32 * book.centroids.numel(), **index)
         step(label="k-means")
     return book
 

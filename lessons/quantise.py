@@ -8,34 +8,42 @@ from typing import Any
 import numpy as np
 import param
 
-from engine.quant import as_matrix, capture_inputs, linears, quantised
-from engine.quant.affine import Grid, quantise
-from engine.quant.integer import integer_matmul
-from engine.quant.integer import recipe as on_a_grid
-from engine.quant.kmeans import kmeans
-from engine.quant.kmeans import recipe as on_a_codebook
-from engine.recording import Recording, note, record, site, step, tap
+from engine.quant import as_matrix, linears
+from engine.quant.affine import quantise
+from engine.recording import Recording, note, record, step, tap
 from lessons import microscope as see
 from lessons.cells import LECTURE, Matrix, numbers
 from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
 from lessons.models import TOY, choice, load
-from lessons.texts import NAMES, text_ids
-from lessons.views import Curves, Line, Number, Numbers, of
+from lessons.snapping import (
+    EACH,
+    ERROR,
+    LAYER,
+    MEAN,
+    SETTINGS,
+    SPREAD,
+    WORK,
+    grid_of,
+    lecture,
+    measure_layers,
+    read_models,
+    work_of,
+)
+from lessons.texts import NAMES, OWN, text_ids
+from lessons.views import Curves, Line, Number, Numbers, Plane, Points, of
 
-LAYER = site("quantise.layer", "the layer that is measured")
-ERROR = site("quantise.error", "mean squared error of a layer, in variances of what was rounded", low=0.0)
-SPREAD = site("quantise.spread", "standard deviation of each output channel, sorted", low=0.0)
-WORK = site("quantise.work", "multiplications: of integers, by scales and zero points, in floating point")
 KINDS = {"Symmetric": "symmetric", "Affine, with a zero point": "affine", "Affine, with a minimum in float": "offset"}
 GRAINS = {"One scale for all": "tensor", "One a row (channel)": "channel", "One a group": "group",
           "One a token (row)": "token"}  # fmt: skip
 STARTS = {"Evenly spread": "linear", "Drawn by chance (k-means++)": "k-means++"}
+TOKENS = 96  # of the text that is read for a perplexity
 GROUPS = (2, 8, 16, 32)
-SETTINGS = {"float": "as it was", "tensor": "one scale a matrix", "channel": "one a channel", "group": "one a group",
-            "k-means": "a codebook a matrix"}  # fmt: skip
 COLOURS = {"float": "ink", "tensor": "alarm", "channel": "key", "group": "value", "k-means": "recomputed"}
-CAVEAT = "These weights came here from a 4-bit grid, in groups of 32: set four bits, groups of 32, a minimum in float."
+CAVEAT = (
+    "These weights came here from a 4-bit grid, in groups of 32: at four bits, in groups of 32 with a minimum in "
+    "float, rounding costs nothing."
+)
 PLAIN = "Nobody rounded this toy before: it was trained and kept in 32 bits."
 
 
@@ -49,16 +57,17 @@ class Turn(Knobs):
     kind: param.Selector = param.Selector(default="affine", objects=dict(KINDS), label="Even grid")
     grain: param.Selector = param.Selector(default="tensor", objects=dict(GRAINS), label="Who shares a scale")
     group: param.Selector = param.Selector(default=32, objects=list(GROUPS), label="Group size")
-    start: param.Selector = param.Selector(default="linear", objects=dict(STARTS), label="Centroids begin")
+    start: param.Selector = param.Selector(default="k-means++", objects=dict(STARTS), label="Centroids begin")
+    seed = param.Integer(16, bounds=(0, 99), label="Seed", doc="Of what is drawn by chance.")
     layer = param.Integer(12, bounds=(0, 29), label="Layer", doc="Whose weights are looked at.")
     part: param.Selector = param.Selector(default="ffn.down", objects=dict(see.PARTS), label="Which weights")
     weight_bits = param.Integer(3, bounds=(2, 8), label="Bits of the model", doc="For all its linear layers.")
     method: param.Selector = param.Selector(
         default="group", objects={v: k for k, v in SETTINGS.items() if k != "float"}, label="The model’s next token"
     )
-    text: param.Selector = param.Selector(default="bread", objects=dict(NAMES), label="Text")
-    own = param.String("Once upon a time", label="Your own text", doc="Read when Text is “Your own”.")
-    tokens = param.Integer(96, bounds=(32, 192), label="Tokens read", doc="For the perplexities.")
+    text: param.Selector = param.Selector(
+        default="bread", objects={k: v for k, v in NAMES.items() if v != OWN}, label="Text"
+    )
 
 
 def run(knobs: Turn) -> None:
@@ -66,42 +75,16 @@ def run(knobs: Turn) -> None:
     weights = linears(model)
     layer = min(knobs.layer, model.shape.layers - 1)
     if knobs.source == "cells":
-        x = as_matrix(numbers(knobs.matrix)).float()
+        x = as_matrix(numbers(knobs.matrix))
     else:
-        x = see.corner(weights[f"blocks.{layer}.{knobs.part}"].weight.detach()).float()
+        x = see.corner(weights[f"blocks.{layer}.{knobs.part}"].weight.detach()).double()
     tap(see.TYPED, int(knobs.source == "cells"), "")
-    _lecture()
+    lecture()
     _look(x, knobs)
-    ids = text_ids(tokenizer, knobs.text, knobs.own, toy=knobs.model == TOY, tokens=knobs.tokens)
-    if len(ids) < 8:
-        raise ValueError(f"The text has {len(ids)} tokens; at least 8 are needed for a perplexity.")
+    ids = text_ids(tokenizer, knobs.text, "", toy=knobs.model == TOY, tokens=TOKENS)
     ids = model.embed.weight.new_tensor([ids]).long()
-    _layers(model, ids, knobs, layer)
-    _models(model, tokenizer, ids, knobs)
-
-
-def grid_of(knobs: Turn, bits: int, grain: str, *, columns: int) -> Grid:
-    """The even grid that the knobs ask for; a group is cut to what divides the columns."""
-    group = math.gcd(knobs.group, columns) if grain == "group" else None
-    whole = knobs.kind != "offset"
-    return Grid(bits, symmetric=knobs.kind == "symmetric", granularity=grain, group=group, whole_zero=whole)
-
-
-def _lecture() -> None:
-    """The lecture's own example, whatever the knobs say."""
-    x = as_matrix(numbers(LECTURE))
-    with record(keep={}):
-        book, even = kmeans(x, bits=2), quantise(x, Grid(2, symmetric=False))
-    printed = round(float(even.scale), 2)  # the lecture rounds its scale before it multiplies
-    note(
-        codebook=book.centroids[0].tolist(),
-        indices=book.codes.tolist(),
-        scale=float(even.scale),
-        zero=int(even.zero),
-        codes=even.codes.tolist(),
-        rounded_error=float(((even.codes - even.zero) * printed - x).abs().max()),
-        lecture_error=float((even.reconstruct() - x).abs().max()),
-    )
+    measure_layers(model, ids, knobs, layer)
+    read_models(model, tokenizer, ids, knobs)
 
 
 def _look(x: Any, knobs: Turn) -> None:
@@ -110,13 +93,16 @@ def _look(x: Any, knobs: Turn) -> None:
     grid = grid_of(knobs, knobs.bits, knobs.grain, columns=columns)
     even = quantise(x, grid)
     see.look_at_affine(x, even, method="linear")
-    see.count_of(even, method="linear")
+    with record(keep={}):
+        single = quantise(x.float(), grid)  # scales of 32 bits, as they would be stored
+    see.count_of(single, method="linear")
     tap(see.SEEN, 0, "", method="linear")
     block = len(grid.blocks(x)[0])
     bits = min(knobs.bits, int(math.log2(block))) if block > 1 else 0
-    note(rows=rows, columns=columns, bits=knobs.bits, book_bits=bits)
+    note(rows=rows, columns=columns, bits=knobs.bits, book_bits=bits, weight_bits=knobs.weight_bits)
     if bits:
-        share: dict[str, Any] = {"granularity": knobs.grain, "group": grid.group, "start": knobs.start}
+        share: dict[str, Any] = {"granularity": knobs.grain, "group": grid.group}
+        share |= {"start": knobs.start, "seed": knobs.seed}
         book = see.show_kmeans(x, bits=bits, method="k-means", **share)
         note(moves=len(book.history) - 1)
     else:  # a codebook for a single value is that value
@@ -126,56 +112,7 @@ def _look(x: Any, knobs: Turn) -> None:
         step(label="k-means")
         note(moves=0)
     see.walk(x, even.reconstruct(), method="linear")
-    work = integer_matmul(quantise(as_matrix([[1.0, 2.0, 3.0, 4.0]]), Grid(8)), quantise(_four(x), Grid(8)))[1]
-    tap(WORK, np.array([work.code_multiplications, work.scale_multiplications + work.zero_multiplications, 0]), "kind")
-
-
-def _four(x: Any) -> Any:
-    """Rows of four values, for a product with four activations."""
-    flat = x.flatten()
-    return flat[: max(4, len(flat) // 4 * 4)].reshape(-1, 4) if len(flat) >= 4 else as_matrix([[0.0] * 4])
-
-
-def _layers(model: Any, ids: Any, knobs: Turn, chosen: int) -> None:
-    """Layer by layer: how much finer scales help, for weights and for what they are given."""
-    names = [f"blocks.{i}.{knobs.part}" for i in range(model.shape.layers)]
-    weights = linears(model)
-    with record(keep={}), capture_inputs(model, names=names, rows=64) as inputs:
-        model.hidden(ids[:, :64])
-    for layer, name in enumerate(names):
-        w, a = weights[name].weight.detach(), inputs[name]
-        tap(LAYER, layer, "")
-        for what, x, grains in (("weights", w, ("tensor", "channel", "group")), ("inputs", a, ("tensor", "token"))):
-            for grain in grains:
-                grid = grid_of(knobs, knobs.weight_bits, grain, columns=x.shape[1])
-                with record(keep={}):
-                    done = quantise(x.float(), grid)
-                error = (done.reconstruct() - x).double().square().mean() / x.double().var()
-                tap(ERROR, float(error), "", what=what, grain=grain)
-        if layer == chosen:
-            spread = w.double().std(1).sort().values.cpu().numpy()
-            tap(SPREAD, spread[np.linspace(0, len(spread) - 1, min(len(spread), 200)).astype(int)], "channel")
-            note(spread_low=float(spread[0]), spread_high=float(spread[-1]))
-            # Sixteen levels in each group of 32, where somebody stored the weights so.
-            back = quantise(w.float(), Grid(4, symmetric=False, granularity="group", group=32, whole_zero=False))
-            note(found=float((back.reconstruct() - w).double().square().mean() / w.double().var()))
-        step(label="layer")
-
-
-def _models(model: Any, tokenizer: Any, ids: Any, knobs: Turn) -> None:
-    """The whole model, rounded in each of the ways: perplexity on the text, and the next token of one of them."""
-    for name in SETTINGS:
-        twin = model
-        if name == "k-means":
-            codebook = on_a_codebook(bits=knobs.weight_bits)
-            with record(keep={}):
-                twin = quantised(model, codebook)
-        elif name != "float":
-            twin = quantised(model, lambda n, m, grain=name: on_a_grid(  # type: ignore[misc]
-                weights=grid_of(knobs, knobs.weight_bits, grain, columns=m.in_features))(n, m))  # fmt: skip
-        see.read_on(twin, ids, chunk=24, method=name)
-        if name == knobs.method:
-            see.next_token(model, twin, tokenizer, ids)
+    work_of(x)
 
 
 def facts(recording: Recording) -> dict[str, Any]:
@@ -204,6 +141,7 @@ def facts(recording: Recording) -> dict[str, Any]:
         "before_bits": bits["linear"]["before"],
         "book_bits": bits["k-means"]["after"],
         "book_extra": bits["k-means"]["extra"],
+        "weight_bits": meta["weight_bits"],
         "scale": float(scale[0]),
         "zero": float(zero[0]),
         "worst_value": float(x[worst]),
@@ -240,8 +178,8 @@ def _even(recording: Recording) -> Finding:
     meta = recording.meta
     same = meta["codes"] == [[1, -2, 0, -1], [-1, -1, -2, 1], [-2, 1, -1, -2], [1, -1, 0, 0]] and meta["zero"] == -1
     why = (
-        f"The lecture prints the scale {meta['scale']:.4f} as {meta['scale']:.2f} and multiplies by that: its largest "
-        f"error is {meta['rounded_error']:.2f}, ours {meta['lecture_error']:.3f}."
+        f"The lecture prints the scale {meta['scale']:.4f} as {meta['scale']:.2f} and multiplies by that: it gives "
+        f"back {meta['printed_top']:.2f} where the grid has {meta['top']:.4f}."
     )
     filled = f"(2.12 + 1.08) / 3 = {meta['scale']:.4f}; " + " / ".join(" ".join(map(str, r)) for r in meta["codes"])
     shown = f"scale {meta['scale']:.2f}, zero point {meta['zero']}"
@@ -249,7 +187,7 @@ def _even(recording: Recording) -> Finding:
 
 
 def _work(recording: Recording) -> Finding:
-    codes, scales, _ = recording.track(WORK).latest()
+    codes, scales = recording.track(WORK).latest()
     filled = f"even grid: {codes:.0f} of integers, then {scales:.0f} by scales; codebook: {codes:.0f} of floats"
     return Finding(f"{codes:.0f} of integers, 0 in float", "agrees" if codes else "differs", "", filled)
 
@@ -298,8 +236,8 @@ CLAIMS = (
 BEATS = (
     Beat(
         "{rows} times {columns} numbers, {before_bits:,.0f} bits. With {bits} bits each only {levels} different values "
-        "are left. Which? ==K-means|book== starts with evenly spread ones, gives each number to its nearest, moves each "
-        "[[centroid]] to the mean of its own, and starts again.",
+        "are left. Which? ==K-means|book== draws some by chance, gives each number to its nearest, moves "
+        "each [[centroid]] to the mean of its own, and starts again.",
         scene="book", step=0, focus="book", do=Do("Play the steps", play=True),
     ),
     Beat(
@@ -335,20 +273,21 @@ BEATS = (
         scene="layers", step="measured", play=True, focus="errors",
     ),
     Beat(
-        "And the words? All matrices rounded, the same text: perplexity {ppl_float:.1f} as it was; one scale a matrix "
-        "{ppl_tensor:,.1f}; a channel {ppl_channel:,.1f}; a group {ppl_group:,.1f}; a codebook {ppl_kmeans:,.1f}.",
-        scene="model", step="last", play=True, focus="reading",
+        "And the words? Every matrix of {name} is rounded to {weight_bits} bits, and the ==same text|reading== is read "
+        "each time. As it was, the model reads it at a perplexity of {ppl_float:.2f}.",
+        scene="model", step="measured", focus="reading",
         predict=Predict("With one scale a group, the perplexity grows by a factor of about", (1, 1.5, 3, 10),
                         "group_factor", format=".2f", unit="×"),
     ),
     Beat(
-        "A trap. {caveat} Look at a group of its weights: they lie *on* the levels. Error {found:.0e}. Whoever rounds "
-        "weights that were rounded before may find that rounding costs nothing.",
-        scene="even", step="walked", focus="even", do=Do("Look at the weights of a layer", knob="source"),
+        "One scale a matrix: {ppl_tensor:,.2f}. A channel: {ppl_channel:,.2f}. A group: {ppl_group:,.2f}. A codebook: "
+        "{ppl_kmeans:,.2f}. Mind the trap. {caveat}",
+        scene="model", step="last", play=True, focus="reading", do=Do("Give the model more bits", knob="weight_bits"),
     ),
     Beat(
-        "Break it. Find cells that two bits store without any error; a matrix for which the even grid beats k-means; "
-        "bits and groups at which the model talks nonsense.",
+        "Break it. Find cells that two bits store without any error; a seed with which k-means gets stuck at a bad "
+        "codebook; a matrix for which the even grid beats it. In a layer of SmolLM2, find the sixteen levels that its "
+        "weights already lie on.",
         scene="even", step="walked", focus="even",
     ),
 )
@@ -359,6 +298,12 @@ GLOSSARY = {
     "scale": "The distance between two levels of an even grid: value = scale · (code − zero point).",
     "zero point": "The code that stands for zero, so that zero stays exactly zero.",
 }
+
+
+def _price(grain: str) -> Points:
+    label = SETTINGS[grain]
+    return Points(label, of(EACH, grain=grain), of(MEAN, grain=grain), COLOURS[grain], names=(label,))
+
 
 LABELS = ("weights", "codes", "given back", "size of the error")
 SCENES = (
@@ -406,6 +351,9 @@ SCENES = (
             Curves(name="spread", title="Spread of each channel’s weights", note="sorted", span=5, across="channel",
                    lines=(Line("standard deviation", of(SPREAD), colour="key"),), x_label="channel", format=".4f",
                    low=0.0),
+            Plane(name="price", title="What finer scales cost", note="mean over the layers so far", log=True,
+                  height=210, points=tuple(map(_price, ("tensor", "channel", "group"))),
+                  x_label="bits a weight", y_label="error, in variances", x_format=".2f", format=".4f"),
         ),
     ),
     Scene(

@@ -221,9 +221,9 @@ export function matrixAndLine(host, spec, context) {
 
   const figure = (value, whole) => {
     if (whole) return format(value, ".0f");
-    const size = Math.abs(value);
+    const size = Math.abs(value) < 1e-6 * seen.bound ? 0 : Math.abs(value);
     if (size !== 0 && (size < 0.005 || size >= 1000)) return value.toExponential(0).replace("-", "−").replace("e+", "e");
-    return format(value, size < 0.1 && plan.cw > 50 && size !== 0 ? ".3f" : ".2f");
+    return format(size ? value : 0, size < 0.1 && plan.cw > 50 && size !== 0 ? ".3f" : ".2f");
   };
 
   const describe = () => {
