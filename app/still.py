@@ -214,6 +214,7 @@ class _Tensors:
         home.append(
             {
                 "axes": list(track.row_axes),
+                "grows": track.grow_axis,
                 "at": track.at,
                 "shapes": shapes,
                 "data": np.concatenate([np.ascontiguousarray(row).reshape(-1) for row in rows]),

@@ -26,6 +26,34 @@ function rowOf(tensor, row) {
   return { shape: sizes(row), offset, size: count(row) };
 }
 
+/** All rows of a recorded tensor in one array, as the engine's `Track.stack` gives it: shorter rows end in zeros. */
+export function wholeOf(tensor) {
+  const rank = tensor.axes.length;
+  const count = tensor.at.length;
+  const sizes = Array.from({ length: rank }, (_, axis) => Math.max(0, ...Array.from({ length: count }, (__, r) => tensor.shapes[r * rank + axis])));
+  const shape = [...sizes];
+  shape.splice(tensor.grows ?? 0, 0, count);
+  const strides = shape.map((_, axis) => shape.slice(axis + 1).reduce((a, b) => a * b, 1));
+  const [across] = strides.splice(tensor.grows ?? 0, 1);
+  const data = new tensor.data.constructor(shape.reduce((a, b) => a * b, 1));
+  let from = 0;
+  for (let r = 0; r < count; r += 1) {
+    const own = [...tensor.shapes.subarray(r * rank, (r + 1) * rank)];
+    const size = own.reduce((a, b) => a * b, 1);
+    for (let i = 0; i < size; i += 1) {
+      let rest = i;
+      let to = r * across;
+      for (let axis = rank - 1; axis >= 0; axis -= 1) {
+        to += (rest % own[axis]) * strides[axis];
+        rest = Math.floor(rest / own[axis]);
+      }
+      data[to] = tensor.data[from + i];
+    }
+    from += size;
+  }
+  return { shape, data };
+}
+
 /** The newest row of a tensor at a step, or at the end: a `tensor` message; null before there is any. */
 export function tensorAt(tensor, key, step) {
   let row = -1;

@@ -4,7 +4,8 @@
  */
 import { make } from "./dom.js";
 import { createFinder } from "./finder.js";
-import { cellOf, exactRow, tensorAt } from "./kept.js";
+import { cellOf, exactRow, wholeOf, tensorAt } from "./kept.js";
+import { npzOf } from "./npz.js";
 import { createShelf } from "./shelf.js";
 import { placeOf, tokenOf } from "./token.js";
 
@@ -48,14 +49,16 @@ function lessonModel(page, shelf, places, query) {
   let turns = 0; // pictures asked for: only the newest counts
   const sent = { run: "", tracks: new Set() };
 
-  const token = () => tokenOf({ knobs: values, ...place }, defaults);
-  const where = () => {
-    if (!engine.address) return "To have the engine, get Leanscope and start it with make serve.";
-    return `The engine is at ${engine.address.replace(/\/+$/, "")}/lesson/${lesson.slug}`;
-  };
+  const token = (knobs) => tokenOf({ knobs, ...place }, defaults);
+  const address = engine.address && `${engine.address.replace(/\/+$/, "")}/lesson/${lesson.slug}`;
+  let asked = values; // what was turned last, recorded or not
+  const where = address ? `For that, open ${address}` : "For that, get Leanscope and start its engine with make serve.";
   const notice = (text, more = {}) => tell({ type: "notice", level: "info", text, ...more });
   const failed = (error) => notice(error.message, { level: "warning" });
-  const link = () => tell({ type: "link", href: `?${[query.get("present") && "present=1", token() && `s=${token()}`].filter(Boolean).join("&")}` });
+  const link = () => {
+    const asks = [query.get("present") && "present=1", token(values) && `s=${token(values)}`].filter(Boolean);
+    tell({ type: "link", href: `${lesson.slug}.html${asks.length ? "?" : ""}${asks.join("&")}` });
+  };
 
   const show = async () => {
     turns += 1;
@@ -83,10 +86,11 @@ function lessonModel(page, shelf, places, query) {
 
   /** What the person turned is shown, or put back, with a sentence at the knob. */
   const turned = (wanted) => {
+    asked = wanted;
     const { found, also, missing } = finder.find(values, wanted);
     if (missing) {
       recorded.put?.(values);
-      notice(`${missing.label} ${missing.text} is not recorded on this page. ${where()}`, { knob: missing.name });
+      notice(`${missing.label} ${missing.text} is not recorded on this page. ${where}`, { knob: missing.name });
       return;
     }
     at = found;
@@ -125,24 +129,38 @@ function lessonModel(page, shelf, places, query) {
     const answer = { type: "cell", request, view };
     if (found.lines) return tell({ ...answer, ...found });
     const some = found.nearest ? ` It has ${found.count.toLocaleString("en-US")} others; the nearest is ${found.nearest}.` : "";
-    return tell({ ...answer, error: `The arithmetic of this cell is not on this page.${some} ${where()}` });
+    return tell({ ...answer, error: `The arithmetic of this cell is not on this page.${some} ${where}` });
   };
 
   const tensor = async ({ key, step }) => {
     const home = snapshots[at].tensors.at[key];
-    if (!home) return notice(`The values of this tensor are not on this page. ${where()}`);
+    if (!home) return notice(`The values of this tensor are not on this page. ${where}`);
     const message = tensorAt((await shelf.get(home[0]))[home[1]], key, step);
     return message ? tell(message) : notice("That tensor has no values yet at this step.");
+  };
+
+  /** The claims, or all tensors that are here. */
+  const download = async ({ what }) => {
+    const snapshot = snapshots[at];
+    if (what === "claims") return tell(snapshot.claims);
+    if (what !== "npz") return notice(`This file is made by the engine. ${where}`);
+    const tensors = [];
+    for (const [key, [home, index]] of Object.entries(snapshot.tensors.at)) tensors.push([key, wholeOf((await shelf.get(home))[index])]);
+    const left = snapshot.tensors.list.tensors.length - tensors.length;
+    if (left > 0) notice(`${left} of ${left + tensors.length} tensors are not on this page, nor in the file. ${where}`);
+    return tell({ type: "file", name: `leanscope-${lesson.slug}.npz`, mime: "application/octet-stream", data: npzOf(tensors) });
   };
 
   const calculate = ({ request, view, values: typed }) => {
     const presets = finder.sceneOf(snapshots[at], scene).calculators[view] || [];
     const same = presets.find(([asked]) => Object.keys(asked).every((name) => asked[name] === typed[name]));
-    const error = `This page has the sums of the models in its list. Other numbers take the engine. ${where()}`;
+    const error = `This page has the sums of the models in its list. Other numbers take the engine. ${where}`;
     tell(same ? { ...same[1], request, view } : { type: "calculated", request, view, error });
   };
 
-  const recorded = { engine, where: where(), snapshots: snapshots.map(({ name, values: turnedTo }) => ({ name, values: turnedTo })) };
+  /** The address of the engine, at what was asked of it. */
+  const live = () => (token(asked) ? `${address}?s=${token(asked)}` : address);
+  const recorded = { version: engine.version, where, live: address ? live : null, snapshots: snapshots.map((snapshot) => snapshot.values) };
   const { model, tell } = modelOf(
     { lesson: { ...lesson, recorded }, start, places },
     {
@@ -164,7 +182,7 @@ function lessonModel(page, shelf, places, query) {
       code: () => shelf.get("code").then((messages) => messages.forEach(tell), failed),
       tensors: () => tell(snapshots[at].tensors.list),
       tensor: (message) => tensor(message).catch(failed),
-      download: ({ what }) => (what === "claims" ? tell(snapshots[at].claims) : notice(`This file is made by the engine. ${where()}`)),
+      download: (message) => download(message).catch(failed),
     },
   );
   return model;

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tinyhtml5.parser import HTMLParser
 
 from app import export
 from app.cli import main
 from app.link import Place, encode
-from app.runs import Runs
+from app.runs import Runs, perform
 from app.snapshots import snapshots
 from app.store import Store
 from lessons import all_lessons
@@ -167,6 +168,18 @@ def test_a_page_from_disk_answers_what_is_recorded_and_says_where_the_engine_is(
     disk.until(f"{INSIDE}.querySelectorAll('.value-grid td').length > 10")
 
 
+def test_the_tensors_come_out_of_a_page_from_disk_as_numpy_has_them(waves: Path, disk: Watched) -> None:
+    ready(disk, f"file://{waves}/lesson/waves.html")
+    disk.page.locator("#leanscope").get_by_role("tab", name="Tensors").click()
+    with disk.page.expect_download() as saved:
+        disk.page.locator("#leanscope .tensor-page button", has_text="npz").first.click()
+    recording = perform(WAVES, WAVES.knobs())
+    with np.load(saved.value.path()) as file:
+        assert set(file.files) == set(recording.arrays())
+        for key, array in recording.arrays().items():
+            np.testing.assert_array_equal(file[key], array)
+
+
 def test_a_link_to_a_place_works_from_disk_and_a_bad_one_says_so(waves: Path, disk: Watched) -> None:
     token = encode(WAVES, Place(WAVES.knobs(head=2), beat=1, step=5))
     ready(disk, f"file://{waves}/lesson/waves.html?s={token}")
@@ -182,7 +195,7 @@ def test_the_index_leads_to_the_lessons_that_are_here(site: Path, disk: Watched)
     disk.open(f"file://{site}/index.html")
     disk.until("window.leanscope?.ready")
     assert disk.page.locator("#leanscope .card-open").count() == 2
-    assert disk.page.locator("#leanscope .card-picture canvas").count() == 2
+    assert disk.page.locator("#leanscope .card-open:has(canvas)").count() == 2
     assert "not in this copy" in disk.page.locator("#leanscope .parts").inner_text()
     disk.page.locator("#leanscope .card-open a").first.click()
     disk.until("window.leanscope?.ready && leanscope.lesson === 'decode'")
