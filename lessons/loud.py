@@ -14,7 +14,7 @@ import numpy as np
 from engine.quant import capture_inputs, linears
 from engine.quant.awq import AWQLinear, grid
 from engine.quant.awq import search as awq_search
-from engine.quant.llm_int8 import outlier_channels
+from engine.quant.llm_int8 import LLMInt8Linear, outlier_channels
 from engine.quant.smoothquant import migration
 from engine.recording import Recording, event, note, record, site, step, tap
 from lessons import microscope
@@ -46,6 +46,7 @@ TRIED = site("outliers.awq.tried", "the powers that it tries")
 PARTS = {"Queries, keys, values": "mixer.qkv", "Gate and up": "ffn.gate_up", "Down": "ffn.down"}  # all can be smoothed
 ROWS, WIDE, LOUDEST = 32, 576, 48  # tokens drawn, channels drawn at most, channels of the close-up
 ALPHAS = range(0, 101, 10)  # hundredths
+UNSURE = 8  # tokens before a mean is drawn
 EACH = 3  # ranges are kept of every third layer
 
 
@@ -159,6 +160,7 @@ class Ear:
         nats = -array(logp[:-1].gather(-1, self.ids[0, 1:, None])[:, 0]).astype(np.float64)
         if name:
             means = np.cumsum(nats) / np.arange(1, len(nats) + 1)
+            means[: min(UNSURE, len(means) - 1)] = np.nan  # a mean of few tokens says little and is huge
             tap(RUNNING, np.exp(np.minimum(means, 80.0)).astype(np.float32), "token", way=name)
         return float(np.exp(min(nats.mean(), 80.0)))
 
@@ -168,6 +170,17 @@ class Ear:
         tap(microscope.NEXT, now[top], "token", when="after")
         tap(microscope.NEXT_IDS, np.array(top, np.int32), "token")
         event("text.words", words=dict(zip(map(str, top), self.tokenizer.pieces(top), strict=True)))
+
+
+def weigh(model: Any, inputs: Mapping[str, Any], *, threshold: float) -> list[float]:
+    """Bytes of the first layer's matrices at 16 bits, and by LLM.int8()."""
+    whole = small = 0.0
+    for name, linear in linears(model).items():
+        if name.startswith("blocks.0."):
+            flagged = outlier_channels(inputs[name], threshold=threshold)
+            whole += linear.weight.numel() * 2
+            small += LLMInt8Linear(linear, threshold=threshold).storage_bits(flagged) / 8
+    return [whole, small]
 
 
 def search(model: Any, inputs: Mapping[str, Any], *, bits: int, group: int) -> Callable[[str, Any], Any]:

@@ -14,7 +14,6 @@ from engine.quant.affine import Grid
 from engine.quant.awq import grid as weight_grid
 from engine.quant.awq import keeping
 from engine.quant.integer import recipe as integers
-from engine.quant.llm_int8 import LLMInt8Linear, outlier_channels
 from engine.quant.smoothquant import largest, smoothed
 from engine.recording import Recording, event, note, site, tap
 from lessons import loud, microscope
@@ -22,7 +21,7 @@ from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
 from lessons.loud import PARTS, Ear
 from lessons.models import TOY, choice, load
-from lessons.texts import NAMES, text_ids
+from lessons.texts import NAMES, TEXTS, text_ids
 from lessons.views import Bars, Curves, Heatmaps, Line, Number, Numbers, Plane, Points, Stack, knob, of
 
 ALPHA = site("outliers.alpha", "the alpha that the whole model was smoothed with", symbol="α")
@@ -30,15 +29,13 @@ SMOOTHED = site("outliers.alpha.perplexity", "perplexity of W8A8 with one scale 
 LEVEL = site("outliers.level", "the same without smoothing")
 
 WAYS = {
-    "float": "as it was", "tensor": "W8A8, one scale", "rows": "W8A8, scale a row", "int8": "LLM.int8()",
-    "smooth": "SmoothQuant, a row", "smooth_tensor": "SmoothQuant, one", "rounded": "weights rounded",
-    "kept": "1% kept in float", "awq": "AWQ",
+    "float": "float", "tensor": "one scale", "rows": "row scales", "int8": "LLM.int8()", "smooth": "smooth+row",
+    "smooth_tensor": "smooth+one", "rounded": "rounded", "kept": "1% kept", "awq": "AWQ",
 }  # fmt: skip
 COLOURS = ("ink", "alarm", "key", "value", "recent", "query", "heavy", "sink", "recomputed")
 ONE, ROW, TOKEN = Grid(8), Grid(8, granularity="channel"), Grid(8, granularity="token")
 TRIED, BEST = (0.25, 0.75), 0.5  # alphas of the sweep; the one of the paper
-CALIBRATION = {"bread": "lighthouse", "lighthouse": "bread", "licence": "bread", "own": "bread"}  # never the text read
-CALIBRATED = 96  # tokens
+CALIBRATED = 96  # tokens of each of the other texts: never of the one that is read
 
 
 class Turn(Knobs):
@@ -65,17 +62,18 @@ def run(knobs: Turn) -> None:
     ids = text_ids(tokenizer, knobs.text, knobs.own, toy=toy, tokens=knobs.tokens)
     if len(ids) < 24:
         raise ValueError(f"The text has {len(ids)} tokens; at least 24 are needed to compare ways of rounding.")
-    other = text_ids(tokenizer, CALIBRATION[knobs.text], "", toy=toy, tokens=CALIBRATED)
-    text, calibration = (checked_ids(i, model.shape.vocab)[None].to(model.embed.weight.device) for i in (ids, other))
+    others = [text_ids(tokenizer, n, "", toy=toy, tokens=CALIBRATED) for n in TEXTS if n != knobs.text]
+    text, *calibration = (checked_ids(i, model.shape.vocab)[None].to(model.embed.weight.device) for i in (ids, *others))
     layers = len(model.blocks)
     note(total_steps=2 * layers + len(WAYS), threshold=knobs.threshold, weight_bits=knobs.bits, tokens=len(ids))
     inputs, logp = loud.survey(model, text, threshold=knobs.threshold)
     _phase("ways")
     ear = Ear(text, tuple(WAYS), tokenizer)
     loud.migrate(model, inputs)
-    note(bytes=_weigh(model, inputs, knobs.threshold), ppl={"float": ear.hear("float", logp)})
+    note(bytes=loud.weigh(model, inputs, threshold=knobs.threshold), ppl={"float": ear.hear("float", logp)})
     with capture_inputs(model) as known:
-        model(calibration)
+        for other in calibration:
+            model(other)
     _eight_bits(model, ear, known, knobs.threshold, text)
     _few_bits(model, ear, known, knobs.bits, group=32 if toy else 64)
 
@@ -122,17 +120,6 @@ def _few_bits(model: Any, ear: Ear, known: Mapping[str, Any], bits: int, *, grou
     found = loud.search(model, known, bits=bits, group=group)
     ppl["awq"] = _hear(ear, "awq", model, found)
     note(few=ppl, group=group)
-
-
-def _weigh(model: Any, inputs: Mapping[str, Any], threshold: float) -> list[float]:
-    """Bytes of the linear layers at 16 bits and by LLM.int8(), one layer of each kind counted for all."""
-    whole = small = 0
-    for name, linear in model.blocks[0].named_modules():
-        if f"blocks.0.{name}" in inputs:
-            flagged = outlier_channels(inputs[f"blocks.0.{name}"], threshold=threshold)
-            whole += linear.weight.numel() * 2
-            small += LLMInt8Linear(linear, threshold=threshold).storage_bits(flagged) / 8
-    return [float(whole), float(small)]
 
 
 def facts(recording: Recording) -> dict[str, Any]:
@@ -241,11 +228,14 @@ def _salient(recording: Recording) -> Finding:
 def _awq(recording: Recording) -> Finding:
     f = facts(recording)
     filled = f"rounded {f['ppl_rounded']:.2f}, 1% kept {f['ppl_kept']:.2f}, AWQ {f['ppl_awq']:.2f}"
-    good = f["ppl_awq"] < f["ppl_rounded"]
-    why = f"{f['best']} That mixed formats are slow is theirs: nothing here is fast."
-    if not good:
-        why = f"Its search lowers each layer’s error to {f['awq_loss']:.0%} of rounding’s; the text does not show it."
-    return Finding(f"{f['ppl_rounded']:.1f} → {f['ppl_awq']:.1f}", "agrees" if good else "differs", why, filled)
+    measured = f"{f['ppl_rounded']:.1f} → {f['ppl_awq']:.1f}"
+    slow = "That mixed formats are slow is theirs: nothing is timed here."
+    if f["ppl_awq"] < min(f["ppl_rounded"], 1.05 * f["ppl_kept"]):
+        return Finding(measured, "agrees", slow, filled)
+    less = f"The search leaves {f['awq_loss']:.0%} of each layer’s error"
+    if f["ppl_awq"] < f["ppl_rounded"]:
+        return Finding(measured, "differs", f"{less}: better than rounding, but keeping 1% wins here. {slow}", filled)
+    return Finding(measured, "differs", f"{less}, but the text does not show it. {slow}", filled)
 
 
 def _memory(recording: Recording) -> Finding:
@@ -279,7 +269,7 @@ CLAIMS = (
 BEATS = (
     Beat(
         "{name} reads a text. This is what one layer’s matrices are fed: ==a row a token, a column a channel|all==. "
-        "Look for the bright columns: a few [[channel]]s are loud in token after token. Step on, layer by layer.",
+        "Look for columns that stand out: a few [[channel]]s are loud in token after token. Step on, layer by layer.",
         scene="landscape", step=0, focus="all",
     ),
     Beat(
@@ -296,13 +286,14 @@ BEATS = (
         do=Do("Open a quiet cell", cell="close"),
     ),
     Beat(
-        "{ppl_tensor:.1f}. LLM.int8() cures it: channels that reach {threshold:g} ==move to the float side|close==, "
-        "drawn grey; the rest share a scale a token and a row. ==Perplexity|ppl== {ppl_int8:.1f}. But look: scales for "
-        "rows and tokens alone reach {ppl_rows:.1f}.", scene="ways", step="eight", play=True, focus="ppl",
+        "{ppl_tensor:.1f}. LLM.int8() cures it: channels that reach {threshold:g} ==move to the float side"
+        "|ways_close==, drawn grey; the rest share a scale a token and a row. ==Perplexity|ppl== {ppl_int8:.1f}. But "
+        "look: scales for rows and tokens alone reach {ppl_rows:.1f}.", scene="ways", step="eight", play=True,
+        focus="ppl",
     ),
     Beat(
         "SmoothQuant moves the difficulty instead: divide a loud channel of X by s, multiply the weights that it meets "
-        "by s. The product is the same. ==Turn α|smooth==: the left curve flattens, the right one steepens.",
+        "by s: the product is the same. ==Turn α|smooth==: one curve flattens, ==the other|smooth_w== steepens.",
         scene="smooth", focus="smooth", do=Do("Turn α up and down", knob="alpha"),
         notes="Each layer’s inputs are paired with that very layer’s weights.",
     ),
@@ -370,7 +361,7 @@ SCENES = (
             Heatmaps(name="all", title="Activations, all channels",
                      tensor=of(loud.X, **PART), rows="token", columns="channel", colours="key", power=0.5),
             Curves(name="ranges", title="Largest of each channel", note="loudest first, log", span=7, log=True,
-                   across="channel", height=190,
+                   across="channel", height=400,
                    lines=(Line("activations", of(loud.X_TOP, **PART), colour="key"),
                           Line("weights that they meet", of(loud.W_TOP, **PART), colour="value")),
                    x_label="channel, by loudness", format=".2f"),
@@ -389,7 +380,7 @@ SCENES = (
     Scene(
         "ways",
         (
-            _bars("ppl", "Perplexity of this text", loud.PPLS, "key", span=6, format=".1f"),
+            _bars("ppl", "Perplexity of this text", loud.PPLS, "key", note="W8A8, then weights", span=6, format=".1f"),
             _bars("moved", "How far predictions move", loud.MOVED, "alarm", note="nats a token", span=6, format=".3f"),
             Curves(name="running", title="Perplexity so far", note="log", lines=RUNNING, across="token", log=True,
                    x_label="token", height=220),
@@ -403,9 +394,9 @@ SCENES = (
             _ranges("smooth", "Activations, smoothed", loud.X_TOP_AT,
                     Line("÷ s", of(loud.X_AFTER, **HERE), colour="key"), note="largest of each, log", height=230),
             _ranges("smooth_w", "Weights, in exchange", loud.W_TOP_AT,
-                    Line("× s", of(loud.W_AFTER, **HERE), colour="value"), note="the same channels, log", height=230),
+                    Line("× s", of(loud.W_AFTER, **HERE), colour="value"), note="that layer’s own, log", height=230),
             _ranges("factor", "The factor s", "", Line("s", of(loud.FACTOR, **HERE), colour="recomputed"), note="log"),
-            Plane(name="sweep", title="W8A8 with one scale each, after smoothing", span=6, height=170,
+            Plane(name="sweep", title="One scale each, after smoothing", note="W8A8", span=6, height=170, log=True,
                   points=(Points("smoothed by α", of(ALPHA), of(SMOOTHED), colour="query", joined=True),),
                   lines=(Line("not smoothed", of(LEVEL), x=of(ALPHA), colour="alarm", dashed=True),),
                   x_label="α", y_label="perplexity", x_format=".2f", format=".1f"),
