@@ -70,7 +70,7 @@ class Turn(Knobs):
     chunk = param.Integer(16, bounds=(1, 64), label="Chunk", doc="Tokens computed in parallel by the chunked form.")
     tokens = param.Integer(64, bounds=(24, 128), label="Text length", doc="Tokens read.")
     layer = param.Integer(3, bounds=(0, 3), label="Layer", doc="Whose queries, keys and values are taken.")
-    head = param.Integer(2, bounds=(0, 7), label="Head", doc="Which head of it.")
+    head = param.Integer(4, bounds=(0, 7), label="Head", doc="Which head of it.")
 
 
 def run(knobs: Turn) -> None:
@@ -96,6 +96,8 @@ def run(knobs: Turn) -> None:
         forms=forms.disagreement(phi_q, phi_k, v, decay=gamma, chunk=knobs.chunk),
     )  # fmt: skip
     states = forms.written(phi_k, v, decay=gamma)
+    if grown:  # softmax's kernel is that of a model that grew up with it
+        q, k, _ = (x[h : h + 1] for x in forms.heads_of(checkpoints.load(TOY)[0], ids, layer=knobs.layer))
     kernel = kernels.estimates(q[0], k[0], knobs)
     recall = recall_points(RECALL, tokenizer)
     kernels.count_lengths(D, knobs.chunk)
@@ -143,7 +145,9 @@ def facts(recording: Recording) -> dict[str, Any]:
         "worst": meta["squared"]["trigonometric orthogonal"],
         "below": meta["below"]["trigonometric orthogonal"],
         "told": int(recording.stack(TOLD)[-1]),
-        "recalled": _recalled(recording),
+        "recalled": _recalled(recording, -1),
+        "fewest": int(recording.stack(TOLD)[0]),
+        "recalled_few": _recalled(recording, 0),
         "half_way": recording.meta["tokens"] // 2,
         "last_token": recording.meta["tokens"] - 1,
         "last_feature": recording.meta["features"] - 1,
@@ -152,9 +156,9 @@ def facts(recording: Recording) -> dict[str, Any]:
     }
 
 
-def _recalled(recording: Recording) -> str:
+def _recalled(recording: Recording, point: int) -> str:
     found = {name: recording.stack(FOUND, model=name) for name in recording.meta["recalled"]}
-    return ", ".join(f"{RECALL[name][0]} {values[-1]:.0%}" for name, values in found.items())
+    return ", ".join(f"{RECALL[name][0]} {values[point]:.0%}" for name, values in found.items())
 
 
 def marks(recording: Recording) -> list[Mark]:
@@ -284,7 +288,8 @@ BEATS = (
     ),
     Beat(
         "One matrix must also hold everything. Told ever more pairs, each model is asked for one: ==a point|recall== "
-        "is {asked} questions. With {told} pairs: {recalled}. A list forgets nothing; a sum gets crowded.",
+        "is {asked} questions. With {fewest} pairs: {recalled_few}; with {told}: {recalled}. A list forgets nothing; "
+        "who fails at the fewest never learnt to look up.",
         scene="recall", step="last", play=True, focus="recall",
     ),
     Beat(
@@ -378,7 +383,10 @@ SCENES = (
     Scene(
         "kernel",
         (
-            Heatmaps(name="kernel", title="The kernel itself", tensor=of(KERNEL), colours="attention", **TILES),
+            Heatmaps(
+                name="kernel", title="The kernel itself", note="of a softmax model’s q and k", tensor=of(KERNEL),
+                colours="attention", **TILES,
+            ),
             Heatmaps(name="estimate", title="Estimated", tensor=of(ESTIMATE), colours="recent", **TILES),
             Heatmaps(name="off", title="How far off", tensor=of(OFF), colours="diverging", **TILES),
             Curves(

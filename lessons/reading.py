@@ -9,21 +9,27 @@ import numpy as np
 
 from engine import checkpoints
 from engine.generate import checked_ids
+from engine.mixers.following import CHANGE, SURPRISE
 from engine.mixers.hybrid import remixed
 from engine.mixers.neural_memory import steering
 from engine.mixers.softmax import PATTERN
 from engine.mixers.titans_layers import MemoryAsGate
 from engine.probing import asked_together
-from engine.recording import note, record, site, step, tap
+from engine.recording import Recording, note, record, site, step, tap
 from engine.toyland.questions import passkey_question
 from engine.toyland.stories import Grammar
 from lessons.recall import here
+from lessons.views import Arithmetic
 
 FILLER = (0, 2, 4, 6, 8, 12, 16)  # sentences of six tokens between a code and the question
 ASKED = 16  # codes for each
 READERS = {"toy": ("full attention", "ink"), "window": ("a window alone", "alarm")}
 ON, OFF = "memory on", "memory off"
 
+RECALLED = site("reading.recalled", "how near the memory’s answer to a key is to the fact’s value; 1: the value itself",
+                symbol="M(k)·v")  # fmt: skip
+COURSE = site("reading.course", "how near the answer to each fact’s key is to its value, word by word",
+              symbol="M(k)·v", grows="query", low=0.0, high=1.0)  # fmt: skip
 SHORT = site("reading.short", "what a layer’s window looks at", grows="query", low=0.0, high=1.0)
 LONG = site("reading.long", "the memory of one head after this token", symbol="M")
 TASK = site("reading.task", "the share of attention on each persistent token", grows="query", low=0.0, high=1.0)
@@ -97,3 +103,27 @@ def distances(tokenizer: Any, knobs: Any) -> None:
         for name, right in found.items():
             tap(FOUND, sum(right) / ASKED, "", of=name)
         step()
+
+
+def course_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithmetic:
+    """What a word did to one fact."""
+    t, n = at["query"], at["fact"]
+    course, told = recording.stack(COURSE), recording.meta["told"]
+    if not (0 <= t < len(course) and 0 <= n < len(told)):
+        raise ValueError(f"there is no fact {n} at token {t}")
+    pieces = [e.fields["piece"].strip() for e in recording.happened("text.token")]
+    where = told[n][2]
+    before, now = float(course[t - 1, n]) if t else 0.0, float(course[t, n])
+    return Arithmetic(
+        title=f"“{pieces[where - 1]} {pieces[where]}” when “{pieces[t]}” is read",
+        lines=(
+            ("M(k)·v before this word", f"{before:.3f}"),
+            ("surprise of this word ‖∇ℓ‖", f"{float(recording.stack(SURPRISE)[t]):.3f}"),
+            (f"of that, θ = {knobs.rate:g} is a step", f"{knobs.rate * float(recording.stack(SURPRISE)[t]):.3f}"),
+            ("how far the matrix moved", f"{float(recording.stack(CHANGE)[t]):.3f}"),
+            ("M(k)·v now", f"{now:.3f}"),
+        ),
+        note=f"The fact was told first at token {where}. 1 is the value itself, 0 knows nothing of it.",
+        vectors=(("token by token", tuple(course[:, n].tolist())),),
+        values={"before": before, "now": now},
+    )

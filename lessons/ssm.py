@@ -37,6 +37,7 @@ from lessons.models import load, read_aloud
 from lessons.recall import FOUND, PAIRS, TOLD, one_pair, recall_points
 from lessons.views import Curves, Heatmaps, Line, Number, Numbers, Stack, Tokens, knob, of
 
+LOOK = 1  # the layer that is looked at first
 ASKED = 16  # questions a point of the recall curves
 LABELS = {SOFTMAX: "softmax attention", HYBRID: "hybrid", MAMBA: "Mamba", RWKV: "RWKV"}
 INKS = {SOFTMAX: "ink", HYBRID: "recomputed", MAMBA: "recent", RWKV: "alarm"}
@@ -58,8 +59,8 @@ class Turn(Knobs):
         default=HYBRID, objects={"Mamba": MAMBA, "RWKV": RWKV, "Hybrid": HYBRID, "Softmax attention": SOFTMAX},
         label="Architecture", doc="Whose layers are drawn.",
     )  # fmt: skip
-    layer = param.Integer(1, bounds=(0, 3), label="Layer", doc="Whose state is drawn.")
-    channel = param.Integer(0, bounds=(0, 191), label="Channel", doc="One of them; 0 overwrites most.")
+    layer = param.Integer(LOOK, bounds=(0, 3), label="Layer", doc="Whose state is drawn.")
+    channel = param.Integer(11, bounds=(0, 191), label="Channel", doc="One of them; 0 overwrites most.")
     which = param.Integer(1, bounds=(0, 50), label="Another list", doc="Each number is another list of pairs.")
 
 
@@ -97,18 +98,23 @@ def run(knobs: Turn) -> None:
 def facts(recording: Recording) -> dict[str, Any]:
     meta = recording.meta
     held = {name: recording.stack(HELD, of=name) for name in MEMORIES if recording.has(HELD, of=name)}
-    mean = _means(recording)
-    pieces = [e.fields["piece"].strip() for e in recording.happened("text.token")]
-    inside = mean[meta["first_value"] - 1 : meta["ends"]]
+    mean, pieces = _means(recording), [e.fields["piece"].strip() for e in recording.happened("text.token")]
+    listed = slice(meta["first_value"] - 2, meta["ends"])  # from the colon on
+    loud = listed.start + int(mean[listed].argmax())
+    values = range(meta["first_value"], meta["ends"], 3)
+    step_sizes = recording.stack(MEAN, layer=min(LOOK, memories.deepest(recording)))
+    kept = recording.stack(KEPT, of=MAMBA, layer=min(LOOK, memories.deepest(recording)))
     states = recording.track(STATE, layer=memories.deepest(recording)).chunks[0].array
     return {
         **{key: meta[key] for key in ("tokens", "pairs", "attention", "state", "asked", "key", "answer", "ends")},
         "channels": states.shape[1],
         "numbers": states[0].size,
-        "loud": pieces[meta["first_value"] - 1 + int(inside.argmax())],
-        "quiet": pieces[meta["first_value"] - 1 + int(inside.argmin())],
-        "loudest": float(inside.max()),
-        "quietest": float(inside.min()),
+        "loud": pieces[loud],
+        "at_loud": loud,
+        "cleared": float((kept[loud] < 0.5).mean()),
+        "usual": float((np.delete(kept[listed], loud - listed.start, 0) < 0.5).mean()),
+        "by_value": float(np.mean([step_sizes[t] for t in values])),
+        "by_key": float(np.mean([step_sizes[t - 1] for t in values])),
         "half": meta["first_value"] + 3 * (meta["pairs"] // 2),
         "last_value": meta["ends"] - 1,
         "last_token": meta["tokens"] - 1,
@@ -189,8 +195,6 @@ def _recurrence(recording: Recording) -> Finding:
 
 
 def _constant(recording: Recording) -> Finding:
-    if RWKV not in recording.meta["here"]:
-        return Finding("–", "untestable", "RWKV is not trained yet.")
     rwkv, cache = (recording.stack(HELD, of=name) for name in (RWKV, SOFTMAX))
     same = len(set(rwkv.tolist())) == 1
     filled = f"after 1 and {len(rwkv)} tokens: RWKV {rwkv[0]:,.0f} and {rwkv[-1]:,.0f} B; "
@@ -260,9 +264,10 @@ BEATS = (
         "pass, some leave a mark.", scene="state", step="half", play=True, focus="state",
     ),
     Beat(
-        "Every word decides how much to overwrite: its [[step size]] Δ. ==Darker words|text== write more. Here "
-        "“{loud}” does most ({loudest:.2f}), “{quiet}” least ({quietest:.2f}). Where Δ is large, the old state fades "
-        "as well.", scene="state", step="last_value", play=True, focus="text",
+        "Every word decides how much to overwrite: its [[step size]] Δ. At “{loud}”, ==darkest of all|text==, "
+        "{cleared:.0%} of the channels lose over half of what they held, elsewhere {usual:.0%}: a list begins, what "
+        "came before may go. In layer 1 values write {by_value:.3f} on average, keys {by_key:.3f}.",
+        scene="state", step="last_value", play=True, focus="text",
     ),
     Beat(
         "==One channel|history==, word by word. Click a number: what stays is Ā·h, what is added Δ·B·x. "
@@ -302,7 +307,7 @@ BEATS = (
     ),
     Beat(
         "Break it. How many **pairs** does one attention layer still carry? Turn **State size** to 4 and read again. "
-        "Take other lists: are the last pairs safer than the first? Hybrids with two or three attention layers are "
+        "Does any list suit a state better than the others? Hybrids with two or three attention layers are "
         "not trained: their memory is weighed, nothing more.", scene="forget", step="last_value",
         do=Do("Turn the number of pairs", knob="pairs"),
     ),
@@ -348,8 +353,8 @@ SCENES = (
         "state",
         (
             Heatmaps(
-                name="delta", title="Δ: how much each channel overwrites now", tensor=of(DELTA, **LAYER), rows="token",
-                columns="channel", colours="key",
+                name="delta", title="Δ: how much each channel overwrites now", tensor=of(DELTA, **LAYER), rows="Δ",
+                columns="channel", colours="key", power=0.5,
             ),
             Heatmaps(
                 name="state", title="The state h", note="all channels of the layer", tensor=of(STRIP, **LAYER),

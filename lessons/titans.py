@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import param
 
-from engine.mixers.following import CHANGE, SURPRISE, WEIGHTS, following, word_vectors
+from engine.mixers.following import CHANGE, SURPRISE, WEIGHTS, WRITE, following, word_vectors
 from engine.recording import Recording, note, record, site, step, tap
 from engine.toyland.questions import story
 from engine.toyland.words import GRAMMAR, MARKS, START, VOCABULARY
@@ -19,6 +18,7 @@ from lessons.models import TOY, load, name_ids, read_aloud
 from lessons.reading import (
     ASKED,
     BACK,
+    COURSE,
     FILLER,
     FOUND,
     INSIDE,
@@ -26,13 +26,15 @@ from lessons.reading import (
     OFF,
     ON,
     READERS,
+    RECALLED,
     SHORT,
     TASK,
+    course_cell,
     distances,
     layers_read,
     show_layers,
 )  # fmt: skip
-from lessons.views import Arithmetic, Bars, Curves, Heatmaps, Line, Tokens, knob, of
+from lessons.views import Bars, Curves, Heatmaps, Line, Tokens, knob, of
 
 LIST = (
     "remember few: anna red, kite attic, ben green, lamp castle, zoe pink, drum garden. now? kite attic, anna red, "
@@ -44,9 +46,6 @@ STORY, MOST = 72, 96  # tokens of a story, and of any text
 WATCHED = 8  # facts
 USED = len([word for word in VOCABULARY if not word.startswith("<spare")])
 PLAIN = {*GRAMMAR, *MARKS, START}
-RECALLED = site("reading.recalled", "how near the memory’s answer to a key is to the fact’s value; 1: the value itself",
-                symbol="M(k)·v")  # fmt: skip
-COURSE = site("reading.course", "the same, token by token", symbol="M(k)·v", grows="query", low=0.0, high=1.0)
 LABELS = site("reading.labels", "the value of each fact")
 
 
@@ -264,8 +263,8 @@ CLAIMS = (
 BEATS = (
     Beat(
         "A trained model’s weights stand still. This memory’s do not: ==one matrix|matrix== that starts at zero and "
-        "takes a training step at every word. Its lesson each time: *this word followed that one*. Watch the "
-        "==surprise|text==: darker words teach it more.", scene="memory", step="told_at", play=True, focus="matrix",
+        "takes a training step at every word. ==Each step|write== says: *this word followed that one*. The "
+        "==darker a word|text==, the more it teaches.", scene="memory", step="told_at", play=True, focus="matrix",
     ),
     Beat(
         "“{key} {value}” has just been told. Surprise is the [[gradient]]’s length: {shock:.2f}. Asked for “{key}”, "
@@ -283,7 +282,7 @@ BEATS = (
     ),
     Beat(
         "Facts can change. {changed} A step writes what was *missed*, so it also unwrites. ==Each row|course== is one "
-        "fact: nothing before it is told, then bright, then slowly dimmer: other words use the same matrix.",
+        "fact: dim until it is told, then bright, then slowly dimmer, for other words use the same matrix.",
         scene="course", step="end", play=True, focus="course",
     ),
     Beat(
@@ -322,30 +321,6 @@ GLOSSARY = {
 # fmt: on
 
 
-def course_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithmetic:
-    """What a word did to one fact."""
-    t, n = at["query"], at["fact"]
-    course, told = recording.stack(COURSE), recording.meta["told"]
-    if not (0 <= t < len(course) and 0 <= n < len(told)):
-        raise ValueError(f"there is no fact {n} at token {t}")
-    pieces = [e.fields["piece"].strip() for e in recording.happened("text.token")]
-    where = told[n][2]
-    before, now = float(course[t - 1, n]) if t else 0.0, float(course[t, n])
-    return Arithmetic(
-        title=f"“{pieces[where - 1]} {pieces[where]}” when “{pieces[t]}” is read",
-        lines=(
-            ("M(k)·v before this word", f"{before:.3f}"),
-            ("surprise of this word ‖∇ℓ‖", f"{float(recording.stack(SURPRISE)[t]):.3f}"),
-            (f"of that, θ = {knobs.rate:g} is a step", f"{knobs.rate * float(recording.stack(SURPRISE)[t]):.3f}"),
-            ("how far the matrix moved", f"{float(recording.stack(CHANGE)[t]):.3f}"),
-            ("M(k)·v now", f"{now:.3f}"),
-        ),
-        note=f"The fact was told first at token {where}. 1 is the value itself, 0 knows nothing of it.",
-        vectors=(("token by token", tuple(course[:, n].tolist())),),
-        values={"before": before, "now": now},
-    )
-
-
 # fmt: off
 PART: dict[str, Any] = {"layer": knob("layer"), "head": knob("head")}
 LINES = {**READERS, ON: (f"Titans, {ON}", "recent"), OFF: (f"Titans, {OFF}", "key")}
@@ -361,11 +336,15 @@ SCENES = (
                 value=of(SURPRISE), colours="heavy", value_label="surprise",
             ),
             Heatmaps(
-                name="matrix", title="The memory’s matrix", span=5, tensor=of(WEIGHTS), rows="in", columns="out",
+                name="matrix", title="The memory’s matrix", span=4, tensor=of(WEIGHTS), rows="in", columns="out",
+                colours="diverging",
+            ),
+            Heatmaps(
+                name="write", title="What this word changes", span=4, tensor=of(WRITE), rows="in", columns="out",
                 colours="diverging",
             ),
             Bars(
-                name="facts", title="Asked for each fact’s key: how near to its value", span=7, values=of(RECALLED),
+                name="facts", title="Asked for its key, how near", span=4, values=of(RECALLED),
                 labels=of(LABELS), colour="value", format=".2f",
             ),
             Curves(
@@ -435,7 +414,13 @@ SCENES = (
 
 
 def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
-    return {"reading.*": {}, "following.surprise": {}, "following.change": {}, "following.weights": {}}
+    return {
+        "reading.*": {},
+        "following.surprise": {},
+        "following.change": {},
+        "following.weights": {},
+        "following.write": {},
+    }
 
 
 # fmt: off

@@ -21,7 +21,8 @@ export function numbers(host, spec, context) {
 
   const read = ({ number }) => {
     const track = context.store.of(number.tensor);
-    return track ? track.scalarAt(step) : null;
+    const value = track ? track.scalarAt(step) : null;
+    return Number.isNaN(value) ? null : value; // no number: nothing to tell
   };
 
   return {

@@ -25,6 +25,7 @@ SURPRISE = site("following.surprise", "how much this word would change the memor
                 symbol="‖∇ℓ‖", low=0.0)  # fmt: skip
 GUESS = site("following.guess", "how near the memory’s answer to the word before is to each word", symbol="M(k)·v")
 WEIGHTS = site("following.weights", "the memory’s matrix after this word", symbol="M")
+WRITE = site("following.write", "what this word changed in it", symbol="M − M before")
 CHANGE = site("following.change", "how far this word moved the matrix", symbol="‖M − M before‖", low=0.0)
 
 
@@ -70,7 +71,11 @@ def following(
             tap(GUESS, (recall(memory.weights, k)[0, 0, 0] @ vectors.T).float(), "word")
             before = memory.weights[0]
             _, memory = sequential(memory, k, k, v, rate=theta, momentum=eta, forgetting=alpha)
-            change = float((memory.weights[0] - before).norm())
+            write = memory.weights[0][0, 0] - before[0, 0]
+            change = float(write.norm())
+            tap(WRITE, write.float(), "in out")
+        else:
+            tap(WRITE, torch.zeros(D, D), "in out")
         tap(SURPRISE, surprise, "")
         tap(CHANGE, change, "")
         tap(WEIGHTS, memory.weights[0][0, 0].float(), "in out")

@@ -7,7 +7,7 @@ import lessons.titans as lesson
 from app.runs import execute, findings
 from engine.mixers.following import SURPRISE
 from lessons.knobs import check
-from lessons.reading import FILLER, FOUND
+from lessons.reading import COURSE, FILLER, FOUND, course_cell
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def run():
 
 
 def test_a_fact_is_unknown_before_it_is_told_and_known_after(run):
-    course = run.stack(lesson.COURSE)
+    course = run.stack(COURSE)
     for n, (_, _, t) in enumerate(run.meta["told"]):
         assert course[t, n] > course[t - 1, n] + 0.2
     told = {(key, value): n for n, (key, value, _) in enumerate(run.meta["told"])}
@@ -30,7 +30,7 @@ def test_surprise_falls_on_repetition_and_a_step_too_large_overshoots(run):
     assert claims["What was seen before surprises less"]["verdict"] == "agrees"
     wild = execute("titans", {"rate": 0.5, "momentum": 0.9, "forgetting": 0.0})
     assert wild.stack(SURPRISE)[-10:].mean() > 5 * run.stack(SURPRISE)[-10:].mean()
-    assert np.isfinite(wild.stack(lesson.COURSE)).all()
+    assert np.isfinite(wild.stack(COURSE)).all()
 
 
 def test_codes_are_asked_for_at_every_distance(run):
@@ -41,10 +41,10 @@ def test_codes_are_asked_for_at_every_distance(run):
 
 def test_a_cell_tells_what_a_word_did_to_a_fact(run):
     knobs, _ = check(lesson.Turn, {})
-    opened = lesson.course_cell(run, knobs, {"query": 4, "fact": 0})
+    opened = course_cell(run, knobs, {"query": 4, "fact": 0})
     assert opened.values["now"] > opened.values["before"] + 0.2
     with pytest.raises(ValueError, match="no fact 99"):
-        lesson.course_cell(run, knobs, {"query": 4, "fact": 99})
+        course_cell(run, knobs, {"query": 4, "fact": 99})
 
 
 @pytest.mark.parametrize(("own", "says"), [
