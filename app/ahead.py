@@ -22,6 +22,7 @@ from lessons.lesson import Lesson
 log = logging.getLogger(__name__)
 
 STATES = 12  # settings of the knobs that are fetched ahead
+PAUSE = 1.0  # seconds between two fetches of a page, however often it asks
 ROOM = 80_000_000  # bytes of pictures that are sent ahead
 
 
@@ -51,6 +52,7 @@ class Ahead:
         self._status = status
         self._later = later
         self._task: asyncio.Task[None] | None = None
+        self._next = 0.0  # when another fetch may begin
 
     def fetch(self, knobs: Knobs) -> None:
         """Begin, with the page's knobs as they are; what was being fetched for other knobs is let go."""
@@ -69,6 +71,9 @@ class Ahead:
             log.exception("what the beats of %s will show could not be fetched", self._lesson.slug)
 
     async def _fetch(self, knobs: Knobs) -> None:
+        now = asyncio.get_running_loop().time()
+        await asyncio.sleep(max(0.0, self._next - now))
+        self._next = max(now, self._next) + PAUSE
         wanted = states(self._lesson, knobs)
         pack = _Packing(self._lesson, self._status)
         for number, state in enumerate(wanted):

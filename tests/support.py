@@ -266,3 +266,11 @@ class Watched:
     def _dialog(self, dialog: Any) -> None:
         self.wrongs.append(f"dialog: {dialog.message}")
         dialog.dismiss()
+
+
+def grave(page: Any) -> list[str]:
+    """What axe finds wrong on a page, where it is serious."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("critical", "serious")]
+    return [f"{v['id']}: {node['html'][:160]}" for v in found for node in v["nodes"]]

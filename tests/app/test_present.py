@@ -8,7 +8,7 @@ import pytest
 
 from app.link import Place, encode
 from lessons import lesson as find_lesson
-from tests.support import REAL, Server, Watched, serving
+from tests.support import REAL, Server, Watched, grave, serving
 
 pytestmark = pytest.mark.browser
 
@@ -112,6 +112,19 @@ def test_a_presented_page_is_large_and_follows_a_clicker(server: Server, chromiu
     for key, beat in (("PageDown", 1), ("PageDown", 2), ("PageUp", 1), ("Enter", 2), (" ", 3), ("ArrowLeft", 2)):
         show.press(key)
         assert show.beat == beat, key
+    # Sound for axe, and no wider than any screen.
+    show.press("PageUp")
+    assert not show.lesson.beats[1].focus, "what steps back is faint, and meant to be"
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        show.until(f"$.querySelector('.leanscope').dataset.theme === '{theme}'")
+        page.wait_for_timeout(400)
+        assert not grave(page)
+    page.emulate_media(color_scheme="light")
+    for width in (1024, 390, 1440):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+    show.press("PageDown")
     # What the beat doesn't speak of steps back.
     assert show.lesson.beats[2].focus == "curves"
     clear = "(getComputedStyle(panel).opacity === '1') === panel.classList.contains('spot')"
@@ -186,6 +199,7 @@ def test_notes_show_what_comes_and_the_answer_and_lead_the_page(server: Server, 
     notes.keyboard.press("PageDown")  # the keys of the notes are the page's
     assert show.beat == guess + 1
     assert f"{measured.split(' ')[0]} times fewer" in show.ask("$.querySelector('.beat-text').innerText")
+    assert not grave(notes)
     # The clock: held, and set back.
     notes.get_by_role("button", name="Pause").click()
     held = notes.inner_text(".notes-clock")

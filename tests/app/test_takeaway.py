@@ -17,7 +17,7 @@ from app.runs import Findings
 from engine.recording import Recording
 from lessons import lesson as find_lesson
 from tests.stage_harness import html
-from tests.support import REAL, Server, Watched, serving
+from tests.support import REAL, Server, Watched, grave, serving
 
 EDGE = 16  # pixels around a picture
 SVG = "{http://www.w3.org/2000/svg}"
@@ -187,6 +187,10 @@ def test_an_animation_has_the_frames_asked_for(server: Server, fine: Watched) ->
     assert (far.argmin(1) == [0, 1, 2]).all(), far
     # What can't be filmed is told in a sentence.
     taker.menu()
+    assert not grave(taker.page)
+    for width in (390, 1300):
+        taker.page.set_viewport_size({"width": width, "height": 844})
+        assert taker.page.evaluate("document.scrollingElement.scrollWidth") <= width
     for first, last, every, sentence in (
         (5, 3, 1, "must not come before"),
         (1, 999, 1, "There are 40 tokens"),
