@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-origin", action="append", default=[], metavar="HOST[:PORT]", help="a name under which others reach it"
     )
     serving.add_argument("--no-warm", action="store_true", help="run no lesson before someone asks")
-    serving.add_argument("--redis", metavar="URL", help="keep rooms in this Redis, for several processes")
+    serving.add_argument("--redis", metavar="URL", help="where rooms are kept that span processes")
     serving.add_argument("--no-models", action="store_true", help="run all lessons on the toys")
 
     listing = command("lessons", _lessons, "List the lessons.")
@@ -137,14 +137,13 @@ def _serve(options: argparse.Namespace) -> None:
     named = os.environ.get("LEANSCOPE_ALLOW_ORIGIN", "")
     if options.no_models:
         os.environ["LEANSCOPE_NO_MODELS"] = "1"
-    if options.redis is not None:
-        os.environ["LEANSCOPE_REDIS"] = options.redis
     try:
         serve(
             address=options.address,
             port=options.port,
             origins=[*options.allow_origin, *(name.strip() for name in named.split(",") if name.strip())],
             warm=not options.no_warm,
+            redis=options.redis,
             say=lambda text: print(text, flush=True),
         )
     except PortError as error:

@@ -1,4 +1,4 @@
-"""What `make` runs first: a virtual environment, pinned packages, fonts, the real model, a browser for the tests.
+"""What `make` runs first: a virtual environment, pinned packages, fonts, the real model, and what the tests drive.
 
     python -m app.install serve    what the pages need
     python -m app.install check    what linters and quick tests need
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -156,6 +157,14 @@ def fetch_model() -> bool:
     return False
 
 
+def get_redis() -> bool:
+    """The server by which rooms span processes; only tests and whoever runs several processes need it."""
+    if shutil.which("redis-server") or (apt_install("redis-server") and shutil.which("redis-server")):
+        return True
+    say("There is no Redis and none could be installed (package redis-server). Its tests are left out until then.")
+    return False
+
+
 # --- all together ----------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +175,7 @@ def prepare(target: str) -> bool:
         return True
     whole = [make_fonts(), fetch_model()]
     if target == "test":
-        whole.append(get_browser(BIN / "python"))
+        whole += [get_browser(BIN / "python"), get_redis()]
     return all(whole)
 
 

@@ -38,6 +38,7 @@ INCOMING = 1_000_000  # bytes of one message from a browser
 _runs: Runs | None = None  # the run service of this process, made by `begin`
 _beginning = threading.Lock()
 _rooms: Rooms | None = None  # the rooms of this process, made by `rooms`
+_redis: str | None = None  # where rooms are kept, if the command line says so
 _offers_rooms = False  # whether their addresses are routed here: a page that is shown elsewhere has none
 
 
@@ -61,8 +62,29 @@ def rooms() -> Rooms:
     """The rooms of this process; the first call, on the server's loop, makes them."""
     global _rooms
     if _rooms is None:
-        _rooms = Rooms(store_maker(os.environ.get("LEANSCOPE_REDIS", "")))
+        _rooms = Rooms(store_maker(_redis_url()))
     return _rooms
+
+
+def _redis_url() -> str:
+    return os.environ.get("LEANSCOPE_REDIS", "") if _redis is None else _redis
+
+
+def check_redis() -> str:
+    """A sentence when the Redis that rooms shall live in can't be reached; raises ValueError for no such address."""
+    url = _redis_url()
+    if not url:
+        return ""
+    from redis import Redis, RedisError
+
+    try:
+        with Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2) as redis:
+            redis.ping()
+    except ValueError:
+        raise ValueError("Redis has an address like redis://localhost:6379/0 or unix:///run/redis.sock.") from None
+    except (RedisError, OSError) as error:
+        return f"Redis can't be reached ({type(error).__name__}): there are no rooms until it is."
+    return ""
 
 
 def fill(doc: Document) -> None:
@@ -106,7 +128,7 @@ def routes() -> list[Any]:
 
 
 class PortError(Exception):
-    """The address cannot be had; the text is one sentence for whoever started the server."""
+    """An address cannot be had; the text is one sentence for whoever started the server."""
 
 
 def serve(
@@ -115,13 +137,19 @@ def serve(
     port: int,
     origins: list[str],
     warm: bool = True,
+    redis: str | None = None,
     say: Callable[[str], None],
 ) -> None:
-    """Serve until interrupted, and tell by `say` where. `origins` are further hosts whose pages may open a WebSocket.
-
-    Raises PortError.
+    """Serve until interrupted, and tell by `say` where. `origins` are further hosts whose pages may open a WebSocket;
+    `redis` is where rooms are kept that span processes. Raises PortError.
     """
+    global _redis
+    _redis = redis
     _check_address(address, port)
+    try:
+        trouble = check_redis()
+    except ValueError as error:
+        raise PortError(str(error)) from None
     install()
     runs = begin(warm=warm)
     loop = IOLoop.current()
@@ -148,8 +176,8 @@ def serve(
     server._tornado._websocket_origins = _origins(address, got) | {name.lower() for name in origins}
     shown = "localhost" if address in ("127.0.0.1", "0.0.0.0", "") else f"[{address}]" if ":" in address else address
     say(f"Leanscope is at http://{shown}:{got}/ (Ctrl-C stops it)")
-    if runs.store.problem:
-        say(runs.store.problem)
+    for problem in filter(None, (runs.store.problem, trouble)):
+        say(problem)
     server.start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.add_callback_from_signal(loop.stop))

@@ -74,7 +74,6 @@ export function createLine(url, { greet, heard, changed }) {
     });
     opened.addEventListener("message", (event) => {
       if (socket !== opened) return;
-      tries = 0;
       heard(JSON.parse(event.data));
     });
     opened.addEventListener("close", () => {
@@ -95,6 +94,12 @@ export function createLine(url, { greet, heard, changed }) {
   open();
 
   return {
+    /** The room was found: should the way close, it is tried again soon. */
+    settled() {
+      tries = 0;
+    },
+    /** Not now: try again in a while. */
+    retry: () => socket?.close(),
     send(message) {
       if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
     },

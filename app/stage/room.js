@@ -8,6 +8,7 @@ import { pollCard } from "./poll.js";
 import { createRoomBar } from "./roombar.js";
 
 const TELL_EVERY = 80; // milliseconds between two moves of a leader
+const TELL_AGAIN = 2000; // when a move could not be told
 const PLAYING_EVERY = 500; // while the player runs by itself, its step is told less often
 const DRIFT = 0.35; // seconds that a follower's player may be off before it is put right
 
@@ -130,6 +131,7 @@ export function createRoom(page, places) {
   };
   const handlers = {
     opened(message) {
+      line.settled();
       Object.assign(room, { code: message.code, key: message.key, leads: true, joined: true, people: 0, link: message.link, qr: message.qr });
       save();
       quietly(() => beats.again());
@@ -137,6 +139,7 @@ export function createRoom(page, places) {
       bar.invite();
     },
     joined(message) {
+      line.settled();
       const first = !room.joined;
       Object.assign(room, { code: message.code, leads: message.leads, joined: true, link: message.link, qr: message.qr });
       leader = message.place;
@@ -169,8 +172,13 @@ export function createRoom(page, places) {
     },
     ended: (message) => gone(message.text),
     refused(message) {
-      if (["open", "join"].includes(message.about) && !message.again) gone(message.text, "warning");
-      else notices.add(message.text, "warning");
+      if (["open", "join"].includes(message.about)) {
+        if (message.again && room.code) line.retry();
+        else gone(message.text, "warning");
+        return;
+      }
+      notices.add(message.text, "warning");
+      if (message.again && room.leads) setTimeout(tell, TELL_AGAIN);
     },
   };
 

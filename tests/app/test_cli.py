@@ -75,6 +75,7 @@ WRONG = {
     "a port of 5,000 digits": ["serve", "--port", "9" * 5000],
     "a negative port": ["serve", "--port", "-1"],
     "an address that is none": ["serve", "--address", "no such host", "--port", "0"],
+    "a Redis that is none": ["serve", "--port", "0", "--redis", "http://user:secret@localhost"],
     "an address of another machine": ["serve", "--address", "192.0.2.1", "--port", "0"],
     "an unknown lesson": ["run", "nope"],
     "an unknown lesson's claims": ["claims", "waves", "nope"],

@@ -135,14 +135,30 @@ def test_a_python_without_the_venv_module(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("ci", "code"), [("true", 1), ("", 0)])
-def test_missing_tests_fail_in_ci_only(monkeypatch: pytest.MonkeyPatch, ci: str, code: int):
+@pytest.mark.parametrize("missing", ["get_browser", "get_redis"])
+def test_missing_tests_fail_in_ci_only(monkeypatch: pytest.MonkeyPatch, ci: str, code: int, missing: str):
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(install, "install_packages", lambda extras: None)
     monkeypatch.setattr(install, "make_fonts", lambda: True)
     monkeypatch.setattr(install, "fetch_model", lambda: True)
-    monkeypatch.setattr(install, "get_browser", lambda python: False)
+    monkeypatch.setattr(install, "get_browser", lambda python: missing != "get_browser")
+    monkeypatch.setattr(install, "get_redis", lambda: missing != "get_redis")
     assert install.main(["test"]) == code
     assert install.main(["serve"]) == 0
+
+
+def test_redis_is_looked_for_before_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked: list[str] = []
+    monkeypatch.setattr(install.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(install, "apt_install", lambda package: bool(asked.append(package)))
+    assert install.get_redis()
+    assert asked == []
+    monkeypatch.setattr(install.shutil, "which", lambda name: None)
+    assert not install.get_redis()
+    assert asked == ["redis-server"]
+    assert "Its tests are left out" in capsys.readouterr().out
 
 
 def test_without_the_real_model_serving_goes_on(
