@@ -1,6 +1,6 @@
 """What a visitor waits for, in headless Chromium against a warm server: the budgets of the page, measured.
 
-    python -m tests.benchmarks.bench_page [--rounds 5] [--real]
+    python -m tests.benchmarks.bench_page [--rounds 5] [--real] [--lessons MODEL]
 
 First picture and its bytes, a session's share of the server, frames a second of 32 heads of 128 by 128, a knob of a
 toy lesson to its new picture, and with `--real` the first new token of SmolLM2. Medians, and the 95th percentile
@@ -17,6 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import param
 from playwright.sync_api import sync_playwright
 
 from app.browser import find_browser
@@ -42,10 +43,10 @@ FRAMES = """new Promise((done) => {
 })"""
 BLANK = """new Promise((done) => { let n = 0; const end = performance.now() + 3000;
   const tick = () => { n += 1; performance.now() < end ? requestAnimationFrame(tick) : done(n); }; tick(); })"""
-# Turns the slider with that upper end by hand, and says how long until a frame of the new run is drawn.
-TURN = """([high, value]) => new Promise((done) => {
+# Turns a knob's slider by hand, and says how long until a frame of the new run is drawn.
+TURN = """([knob, value]) => new Promise((done) => {
   const root = document.querySelector('#leanscope').firstElementChild.shadowRoot;
-  const slider = [...root.querySelectorAll('input[type=range]')].find((input) => Number(input.max) === high);
+  const slider = root.querySelector(`#knob-${knob}`);
   const run = leanscope.run; const began = performance.now();
   slider.value = value;
   for (const kind of ['input', 'change']) slider.dispatchEvent(new Event(kind, { bubbles: true }));
@@ -54,12 +55,17 @@ TURN = """([high, value]) => new Promise((done) => {
 })"""
 
 
-def address(server: Server, **values: Any) -> str:
-    lesson = all_lessons()["decode"]
+# The run on the page has ended: the transport bar says how long it took.
+ENDED = """leanscope?.ready && /computed in|from the cache/.test(
+  document.querySelector('#leanscope').firstElementChild.shadowRoot.querySelector('.transport').textContent)"""
+
+
+def address(server: Server, slug: str = "decode", **values: Any) -> str:
+    lesson = all_lessons()[slug]
     knobs, problems = check(lesson.knobs, values)
     if problems:
         raise ValueError(" ".join(problems))
-    return f"{server.url}/lesson/decode?s={encode(lesson, Place(knobs, 0, 0))}"
+    return f"{server.url}/lesson/{slug}?s={encode(lesson, Place(knobs, 0, 0))}"
 
 
 def first_pictures(browser: Any, url: str, *, rounds: int) -> tuple[list[float], int]:
@@ -120,7 +126,7 @@ def turned(browser: Any, url: str) -> list[float]:
     page.wait_for_timeout(500)
     times = []
     for value in range(20, 20 + TURNS):
-        times.append(page.evaluate(TURN, [96, value]))
+        times.append(page.evaluate(TURN, ["tokens", value]))
         page.wait_for_timeout(800)
     page.close()
     return times
@@ -134,16 +140,42 @@ def first_token(browser: Any, server: Server) -> list[float]:
     times = []
     for value in (11, 12, 13):
         page.wait_for_timeout(500)
-        times.append(page.evaluate(TURN, [96, value]))
+        times.append(page.evaluate(TURN, ["tokens", value]))
         Watched(page).until(f"leanscope.steps === {value}", seconds=90)
     page.close()
     return times
+
+
+def each_lesson(browser: Any, server: Server, *, model: str) -> None:
+    """Print for every lesson what a run that nobody made takes: knob to first picture, and to its end."""
+    for slug, lesson in all_lessons().items():
+        knobs = lesson.knobs.param.objects("existing")
+        sliders = [n for n, p in knobs.items() if isinstance(p, param.Number) and n not in lesson.looks]
+        if not sliders or ("model" not in knobs and model != "toy"):
+            continue
+        p = knobs[sliders[0]]
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        try:
+            page.goto(address(server, slug, **({"model": model} if "model" in knobs else {})))
+            Watched(page).until(ENDED, seconds=300)
+            grain = p.step or (1 if isinstance(p, param.Integer) else (p.bounds[1] - p.bounds[0]) / 100)
+            value = p.default + grain if p.default + grain <= p.bounds[1] else p.default - grain
+            began = time.perf_counter()
+            first = page.evaluate(TURN, [sliders[0], value])
+            Watched(page).until(ENDED, seconds=300)
+            print(f"{slug:16} {sliders[0]:10} first picture {first:7.0f} ms, end {time.perf_counter() - began:6.1f} s")
+        except Exception as error:  # one lesson that fails shall not hide the others
+            print(f"{slug:16} {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+        page.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--real", action="store_true")
+    parser.add_argument(
+        "--lessons", metavar="MODEL", help="only: a new run of each lesson on this model, toy or smollm2"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         cache = Path(name)
@@ -151,6 +183,10 @@ def main() -> None:
             (cache / smollm2.folder().name).symlink_to(smollm2.folder())
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         with serving("--no-warm", cache=cache, program=REAL) as server:
+            if options.lessons:
+                each_lesson(browser, server, model=options.lessons)
+                browser.close()
+                return
             toy = address(server, model="toy", tokens=12)
             times, size = first_pictures(browser, toy, rounds=options.rounds)
             print(f"first picture          {statistics.median(times):7.0f} ms   (budget 1500)")
