@@ -54,7 +54,7 @@ class _Remembered(Track):
         if fill not in kept:
             kept[fill] = super().stack(fill=fill)
             kept[fill].setflags(write=False)
-        return kept[fill]  # type: ignore[no-any-return]
+        return kept[fill]
 
 
 class _Watched(dict[str, Any]):
@@ -183,7 +183,7 @@ def _reads_step(
 def _opened(recording: Recording, view: View, knobs: Any, at: Mapping[str, Any]) -> Arithmetic | None:
     """The answer; None for a place that has none, as behind a mask."""
     try:
-        return view.cell(recording, knobs, at)  # type: ignore[attr-defined,no-any-return]
+        return view.cell(recording, knobs, at)  # type: ignore[attr-defined]
     except Exception:
         return None
 

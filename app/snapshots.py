@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import param
-
 from app.runs import is_available, model_title
 from lessons.knobs import Knobs
 from lessons.lesson import Lesson
@@ -59,23 +57,27 @@ def _turns(lesson: Lesson, start: Knobs, models: list[Any]) -> Iterator[tuple[st
 
 def _others(lesson: Lesson, knob: str, text: str, now: Any) -> list[Any]:
     """Values that a learner who is told `text` may well choose."""
-    p = lesson.knobs.param[knob]
-    if isinstance(p, param.Boolean):
+    spec = _spec(lesson, knob)
+    if spec["kind"] == "switch":
         return [not now]
-    if isinstance(p, param.Selector):
-        return [option for option in p.objects if option != now][:FEW]
-    if not isinstance(p, param.Number):
+    if spec["kind"] == "choice":
+        return [option["value"] for option in spec["options"] if option["value"] != now][:FEW]
+    if spec["kind"] != "slider":
         return []
-    low, high = p.bounds
+    low, high = spec["low"], spec["high"]
     asked = ASKED.search(text)
     wanted = [float(asked[1])] if asked else [now / 2, now * 2] if now > 0 else [(low + high) / 2, high]
-    fit = int if isinstance(p, param.Integer) else float
+    fit = type(spec["default"])
     return [fit(value) for value in dict.fromkeys(wanted) if low <= value <= high and fit(value) != now]
 
 
 def _named(lesson: Lesson, knob: str, value: Any) -> str:
-    p = lesson.knobs.param[knob]
-    if isinstance(p, param.Boolean):
-        return f"{p.label or knob} {'on' if value else 'off'}"
-    names = {option: label for label, option in (getattr(p, "names", None) or {}).items()}
-    return f"{p.label or knob} {names.get(value, value)}"
+    spec = _spec(lesson, knob)
+    if spec["kind"] == "switch":
+        return f"{spec['label']} {'on' if value else 'off'}"
+    names = {option["value"]: option["label"] for option in spec.get("options", ())}
+    return f"{spec['label']} {names.get(value, value)}"
+
+
+def _spec(lesson: Lesson, knob: str) -> dict[str, Any]:
+    return next(spec for spec in lesson.knobs.spec() if spec["name"] == knob)

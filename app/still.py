@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import param
 
 from app import answers, opened
 from app.picture import Feed, about, find, packed, plain, track_id
@@ -83,18 +82,17 @@ def _status(run: Run) -> dict[str, Any]:
 def _look_values(lesson: Lesson, run: Run, name: str) -> list[Any]:
     """The settings of a look knob that are kept, the run's own first, then the nearest."""
     now = getattr(run.knobs, name)
-    p = lesson.knobs.param[name]
+    spec = next(spec for spec in lesson.knobs.spec() if spec["name"] == name)
     values: list[Any] = []
-    if isinstance(p, param.Boolean):
+    if spec["kind"] == "switch":
         values = [False, True]
-    elif isinstance(p, param.Selector):
-        values = list(p.objects)
-    elif isinstance(p, param.Integer):
-        low, high = p.bounds
+    elif spec["kind"] == "choice":
+        values = [option["value"] for option in spec["options"]]
+    elif spec["kind"] == "slider" and isinstance(now, int) and isinstance(spec["step"], int):
         assert run.recording is not None
         count = run.recording.meta.get("model", {}).get(lesson.bounded_by.get(name, ""))
-        last = min(high, count - 1) if count else high
-        values = sorted(range(low, last + 1, p.step or 1), key=lambda value: abs(value - min(now, last)))
+        last = min(spec["high"], count - 1) if count else spec["high"]
+        values = sorted(range(spec["low"], last + 1, spec["step"]), key=lambda value: abs(value - min(now, last)))
     return list(dict.fromkeys([now, *values]))[:MOST_VALUES]
 
 
