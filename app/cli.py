@@ -221,6 +221,9 @@ def _export(options: argparse.Namespace) -> int:
     if options.engine and not options.engine.startswith(("http://", "https://")):
         raise Wrong(f"--engine takes an address that begins with http:// or https://, not {options.engine[:60]!r}")
     chosen = [_lesson(slug) for slug in dict.fromkeys(options.slugs)] or list(all_lessons().values())
+    models = {str(m) for one in chosen if "model" in one.knobs.names() for m in one.knobs.param["model"].objects}
+    if options.model and options.model not in models:
+        raise Wrong(f"--model is one of {', '.join(sorted(models))}, not {options.model[:60]!r}")
     asked = export.Options(options.model, options.defaults, options.engine)
     runs = Runs(Store(fonts.cache_folder() / "runs"), workers=1)
     try:

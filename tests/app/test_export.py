@@ -283,6 +283,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest
     assert main(["export", str(tmp_path / "mine.txt")]) == 1
     assert main(["export", str(tmp_path / "new"), "nonsense"]) == 2
     assert main(["export", str(tmp_path / "new"), "--engine", "ftp://x"]) == 2
+    assert main(["export", str(tmp_path / "new"), "--model", "gpt-9"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
