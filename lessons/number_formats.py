@@ -25,6 +25,7 @@ from lessons.views import Bars, BitRow, Bits, Plane, Points, Ruler, Rulers, knob
 NUMBER = site("formats.number", "the number, as it was typed", symbol="x")
 STORED = site("formats.bits", "the bits that a format stores for it, most significant first", symbol="b")
 VALUE = site("formats.value", "what these bits stand for", symbol="x̂")
+OFF = site("formats.off", "how far that is from the number")
 HEAP = site("formats.heap", "share of the values whose size lies from 2^k to 2^(k+1)", low=0.0)
 ENDS = site("formats.ends", "smallest above 0, smallest of full precision, largest, bits of the mantissa")
 LEVELS = site("formats.levels", "the positive numbers that a format has, times the scale that it needs here")
@@ -113,7 +114,10 @@ def _show_bits(one: float, pattern: tuple[str, int] | None) -> None:
         if pattern and pattern[0] == name:
             code = code * 0 + pattern[1]
         tap(STORED, bits_of(code, form)[0, 0], "bit", form=name)
-        tap(VALUE, float(form.decode(code)), "", form=name)
+        value = float(form.decode(code))
+        same = value == one or (value != value and one != one)
+        tap(VALUE, value, "", form=name)
+        tap(OFF, 0.0 if same else value - one, "", form=name)
 
 
 def _show_matrix(x: Any, form: Format) -> None:
@@ -228,8 +232,8 @@ def facts(recording: Recording) -> dict[str, Any]:
         "e5m2_factor": ppl["fp8 e5m2"] / ppl["fp32"],
         "caveat": CAVEAT if meta["model"]["kind"] == "real" else "",
         "worst": float(np.abs(back - x).max()),
-        "off_16": abs(float(recording.track(VALUE, form="fp16").latest()) - float(recording.track(NUMBER).latest())),
-        "off_b16": abs(float(recording.track(VALUE, form="bf16").latest()) - float(recording.track(NUMBER).latest())),
+        "off_16": abs(float(recording.track(OFF, form="fp16").latest())),
+        "off_b16": abs(float(recording.track(OFF, form="bf16").latest())),
         "moved": float(recording.track(microscope.MOVED).latest()),
     }
 
@@ -364,8 +368,8 @@ def _row(name: str) -> BitRow:
         more = {"bias": form.bias, "infinite": form.infinite}
     else:
         counts, more = ((("place", 4),) if name == "nf4" else (("sign", 1), ("magnitude", form.bits - 1))), {}
-    bits, value = of(STORED, form=name), of(VALUE, form=name)
-    return BitRow(SHORT.get(name, name), name, bits, value, counts, DETAILS[name], **more)
+    bits, value, off = (of(found, form=name) for found in (STORED, VALUE, OFF))
+    return BitRow(SHORT.get(name, name), name, bits, value, off, counts, DETAILS[name], **more)
 
 
 def _ruler(name: str) -> Ruler:
@@ -383,7 +387,7 @@ SCENES = (
         "bits",
         (
             Bits(name="bits", title="One number, eight formats", note="click a bit", origin="formula",
-                 rows=tuple(map(_row, FORMATS)), number=of(NUMBER), turn=knob("number")),
+                 rows=tuple(map(_row, FORMATS)), turn=knob("number")),
             microscope.grid_view(
                 title="A matrix in the format you chose", levels=True, edit="", pick=knob("number"),
                 labels=("values", "level, counted from zero", "stored", "size of the error"),

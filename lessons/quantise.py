@@ -147,13 +147,18 @@ def facts(recording: Recording) -> dict[str, Any]:
         "worst_value": float(x[worst]),
         "worst_error": float(abs(error[worst])),
         "half_step": float(scale.max()) / 2,
-        **{f"ppl_{name.replace('-', '')}": ppl[name] for name in SETTINGS},
+        "ppl_float": ppl["float"],
+        **{f"ppl_{name.replace('-', '')}": _told(value) for name, value in ppl.items() if name != "float"},
         **{f"error_{what}_{grain}": value for (what, grain), value in grains.items()},
         "spread": meta["spread_high"] / max(meta["spread_low"], 1e-12),
         "found": meta["found"],
         "caveat": CAVEAT if meta["model"]["kind"] == "real" else PLAIN,
         "group_factor": ppl["group"] / ppl["float"],
     }
+
+
+def _told(perplexity: float) -> str:
+    return f"{perplexity:,.2f}" if perplexity < 1000 else f"{perplexity:,.0f}"
 
 
 def marks(recording: Recording) -> list[Mark]:
@@ -276,12 +281,12 @@ BEATS = (
         "And the words? Every matrix of {name} is rounded to {weight_bits} bits, and the ==same text|reading== is read "
         "each time. As it was, the model reads it at a perplexity of {ppl_float:.2f}.",
         scene="model", step="measured", focus="reading",
-        predict=Predict("With one scale a group, the perplexity grows by a factor of about", (1, 1.5, 3, 10),
-                        "group_factor", format=".2f", unit="×"),
+        predict=Predict("With one scale a group, the perplexity grows by a factor of about", (1, 2, 5, 20),
+                        "group_factor", format=".3g", unit="×"),
     ),
     Beat(
-        "One scale a matrix: {ppl_tensor:,.2f}. A channel: {ppl_channel:,.2f}. A group: {ppl_group:,.2f}. A codebook: "
-        "{ppl_kmeans:,.2f}. Mind the trap. {caveat}",
+        "One scale a matrix: {ppl_tensor}. A channel: {ppl_channel}. A group: {ppl_group}. A codebook: "
+        "{ppl_kmeans}. Mind the trap. {caveat}",
         scene="model", step="last", play=True, focus="reading", do=Do("Give the model more bits", knob="weight_bits"),
     ),
     Beat(

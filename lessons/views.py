@@ -73,8 +73,10 @@ class Heatmaps(View):
     facet: str = ""  # axis drawn as small multiples
     focus: knob | int | None = None  # the facet drawn large
     colours: str = "sequential"  # sequential, diverging, or a role of the palette: attention, query, key, value, sink
-    row_labels: str = ""  # "tokens" takes them from the text
-    column_labels: str = ""
+    row_labels: str | tuple[str, ...] = ""  # "tokens" takes them from the text
+    column_labels: str | tuple[str, ...] = ""
+    states: tuple[str, ...] = ()  # the tensor holds codes, and these are their names; the legend and hover tell them
+    state_colours: tuple[str, ...] = ()  # a role for each state; "sunk" for what is not there
     lit: Of | None = None  # int: the first row computed at each step; rows above it are dimmed as reused
     veil: Of | None = None  # the same rows and columns, without facets: cells where it is 0 are drawn grey, left out
     cell: Cell | None = None  # opens a cell's arithmetic
@@ -409,6 +411,7 @@ class BitRow:
     form: str  # the format's name in the engine
     bits: Of  # 0 or 1 [bit], the most significant first
     value: Of  # one number: what they stand for
+    off: Of  # how far that is from the number: 0 if it is exact, not finite if it does not fit
     fields: tuple[tuple[str, int], ...]  # (sign, exponent, mantissa, magnitude or place; how many bits)
     detail: str = ""
     bias: int = 0
@@ -422,7 +425,6 @@ class Bits(View):
 
     kind: ClassVar[str] = "bits"
     rows: tuple[BitRow, ...]
-    number: Of | None = None  # the number itself
     turn: knob | None = None
 
 

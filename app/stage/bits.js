@@ -91,7 +91,6 @@ export function bitRows(host, spec, context) {
     draw(now) {
       step = now;
       let drawn = false;
-      const true_ = spec.number ? (store.newest(spec.number, step) || [NaN])[0] : NaN;
       for (const entry of rows) {
         const seen = read(entry);
         if (!seen) continue;
@@ -102,8 +101,8 @@ export function bitRows(host, spec, context) {
           button.classList.toggle("bit-on", Boolean(bit));
           button.setAttribute("aria-label", `${entry.row.label}, bit ${seen.bits.length - 1 - n}, ${field}: ${bit}. Flip it.`);
         });
-        const off = seen.value - true_;
-        const exact = off === 0 || (Number.isNaN(seen.value) && Number.isNaN(true_)) || seen.value === true_;
+        const off = (store.newest(entry.row.off, step) || [NaN])[0];
+        const exact = off === 0;
         entry.value.replaceChildren(make("strong", {}, told(seen.value)), make("span", { class: exact ? "bits-exact" : "bits-off" }, exact ? "exact" : Number.isFinite(off) ? `off by ${short(Math.abs(off))}` : "does not fit"));
         say(entry.sum, sumOf(entry, seen.bits));
         entry.group.setAttribute("aria-label", `${entry.row.label}: ${told(seen.value)}. Arrow keys go from bit to bit, Enter flips one.`);
