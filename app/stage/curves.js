@@ -156,8 +156,9 @@ export function curves(host, spec, context) {
       .map(({ line, point }) => ({ label: line.label, x: point.x, text: format(point.y, spec.format) }));
 
   const describe = () => {
-    const now = spec.across ? [] : values(step);
-    return `${spec.title || spec.y_label}. ${now.map((v) => `${v.label}: ${v.text}`).join("; ")}`;
+    const ends = ({ line, points: list }) => `${line.label}: ${format(list[0].y, spec.format)} to ${format(list[list.length - 1].y, spec.format)}`;
+    const now = spec.across ? plot.lines.filter((l) => l.points.length).map(ends) : values(step).map((v) => `${v.label}: ${v.text}`);
+    return `${spec.title || spec.y_label}. ${now.join("; ")}`;
   };
 
   canvas.addEventListener("pointermove", (event) => {
