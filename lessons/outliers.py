@@ -273,15 +273,15 @@ BEATS = (
         scene="landscape", step=0, focus="all",
     ),
     Beat(
-        "It goes on with depth: {loud_layers} of {layers} ==layers|layers== have channels that reach {threshold:g}. "
-        "Their ranges are ==far from flat|ranges==: the loudest is {x_spread:.1f} times the middle one, in weights "
-        "{w_spread:.1f} times. And at token 0 the [[residual]] stream reaches {residual:,.0f}, where {usual:.1f} is "
-        "usual.", scene="landscape", step="read", play=True, focus="ranges",
+        "Half way. ==Sorted by loudness|ranges==, the channels are far from even: in the usual input the loudest is "
+        "{x_spread:.1f} times the middle one, in weights only {w_spread:.1f} times. Behind it stands the [[residual]] "
+        "stream: at token 0 it reaches {residual:,.0f}, where {usual:.1f} is usual.", scene="landscape", step="middle",
+        play=True, focus="ranges",
     ),
     Beat(
-        "Eight bits are 255 levels. If one scale serves all, the loudest value sets it, and a quiet channel gets a "
-        "level or two. In float the text’s perplexity is {ppl_float:.1f}.", scene="landscape", step="read",
-        focus="close",
+        "In the end {loud_layers} of {layers} ==layers|layers== have outliers. Eight bits are 255 levels. If one scale "
+        "serves all, the loudest value sets it, and a quiet channel gets ==a level or two|close==. In float, "
+        "perplexity is {ppl_float:.1f}.", scene="landscape", step="read", play=True, focus="close",
         predict=Predict("Weights and activations in 8 bits, one scale each:", (44, 55, 90, 1000), "ppl_tensor"),
         do=Do("Open a quiet cell", cell="close"),
     ),
@@ -294,7 +294,7 @@ BEATS = (
     Beat(
         "SmoothQuant moves the difficulty instead: divide a loud channel of X by s, multiply the weights that it meets "
         "by s: the product is the same. ==Turn α|smooth==: one curve flattens, ==the other|smooth_w== steepens.",
-        scene="smooth", focus="smooth", do=Do("Turn α up and down", knob="alpha"),
+        scene="smooth", step="eight", focus="smooth", do=Do("Turn α up and down", knob="alpha"),
         notes="Each layer’s inputs are paired with that very layer’s weights.",
     ),
     Beat(

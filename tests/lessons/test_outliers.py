@@ -125,12 +125,12 @@ def test_a_text_too_short_gets_a_sentence():
 
 @pytest.mark.browser
 def test_alpha_moves_ranges_without_another_run(server, chromium_page):
-    open_done(chromium_page, address(server, "outliers", beat=4))
-    chromium_page.until(f"{INSIDE}.querySelector('[data-view=smooth] canvas')")
-    weights = f"{INSIDE}.querySelector('[data-view=smooth_w] canvas').toDataURL()"
+    open_done(chromium_page, address(server, "outliers", beat=4, step=7))
+    smoothed = f"{INSIDE}.querySelector('[data-view=smooth] canvas').getAttribute('aria-label')"
+    weights = f"{INSIDE}.querySelector('[data-view=smooth_w] canvas').getAttribute('aria-label')"
+    chromium_page.until(f"{smoothed}.includes('as they were') && !{smoothed}.includes('÷ s: 1.000 to 1.000')")
     before = chromium_page.page.evaluate(weights)
-    slider = chromium_page.page.locator("input[type=range][name=alpha], #knob-alpha").first
-    slider.fill("100")
-    chromium_page.until(f"{weights} !== {before!r}")
-    state = f"{INSIDE}.querySelector('.run-status').textContent"
-    assert "running" not in chromium_page.page.evaluate(state)
+    chromium_page.page.locator("#knob-alpha").fill("100")  # all of it moves: every channel of X reaches 1
+    chromium_page.until(f"{smoothed}.includes('÷ s: 1.000 to 1.000') && {weights} !== {before!r}")
+    ahead = chromium_page.page.evaluate("leanscope.steps")
+    assert ahead == 2 * 4 + len(WAYS)  # the run is the one that there was: all its steps are there
