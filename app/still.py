@@ -152,7 +152,7 @@ def _tracks(
     recording = run.recording
     assert recording is not None
     tracks: dict[str, Any] = {}
-    rows: dict[tuple[str, tuple[Any, ...]], list[Any]] = {}
+    rows: dict[tuple[str, tuple[Any, ...]], list[Any] | None] = {}
     asked = [(number, t) for number, scene in enumerate(lesson.scenes) for v in scene.views for t in v.tensors()]
     turns = [
         (place, number, tensor, setting)
@@ -167,17 +167,21 @@ def _tracks(
             continue
         track, picks = found
         same = (track.key, tuple(sorted(picks.items())))
+        tensors.keep(track)
         if same not in rows:
             messages = list(packed(track, picks))
             size = sum(value.nbytes for message in messages for value in message.values() if hasattr(value, "nbytes"))
-            if place and size > room:
-                continue
-            room -= size if place else 0
             # What a scene opens with lies together; what the look knobs bring lies with the tensor that it is of.
             home = f"{prefix}{number}" if not place else f"{prefix}t{recording.tracks.index(track)}"
-            pieces.setdefault(home, []).append(messages)
-            rows[same] = [home, len(pieces[home]) - 1]
-        tensors.keep(track)
+            if place and track.key in tensors.at and not any(len(message["lo"]) for message in messages):
+                rows[same] = None  # it travels as it was recorded: the page takes it from there
+            elif place and size > room:
+                tracks[name] = None
+                continue
+            else:
+                room -= size if place else 0
+                pieces.setdefault(home, []).append(messages)
+                rows[same] = [home, len(pieces[home]) - 1]
         tracks[name] = {"about": about(track, picks), "rows": rows[same], "key": track.key, "picks": picks}
     return tracks
 

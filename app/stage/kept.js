@@ -26,6 +26,32 @@ function rowOf(tensor, row) {
   return { shape: sizes(row), offset, size: count(row) };
 }
 
+/** A recorded tensor as a `rows` message brings it (app/picture.py), the axes in `picks` gone, shorter rows padded. */
+export function rowsFrom(tensor, picks) {
+  const rank = tensor.axes.length;
+  const free = tensor.axes.map((axis, i) => (axis in picks ? -1 : i)).filter((i) => i >= 0);
+  const rows = Array.from(tensor.at, (_, r) => ({ own: free.map((i) => tensor.shapes[r * rank + i]), values: exactRow(tensor, r, picks) }));
+  const shape = free.map((_, i) => Math.max(0, ...rows.map(({ own }) => own[i])));
+  const size = shape.reduce((a, b) => a * b, 1);
+  const data = new Float32Array(rows.length * size);
+  rows.forEach(({ own, values }, r) => {
+    values.forEach((value, from) => {
+      let rest = from;
+      let to = r * size;
+      let stride = 1;
+      for (let axis = own.length - 1; axis >= 0; axis -= 1) {
+        to += (rest % own[axis]) * stride;
+        rest = Math.floor(rest / own[axis]);
+        stride *= shape[axis];
+      }
+      data[to] = value;
+    });
+  });
+  const same = !shape.length || rows.every(({ own }) => own.every((extent, i) => extent === shape[i]));
+  const none = new Float32Array(0);
+  return { start: 0, at: tensor.at, shape, data, lo: none, hi: none, widths: Int32Array.from(same ? [] : rows.map(({ own }) => own[own.length - 1])) };
+}
+
 /** All rows of a recorded tensor in one array, as the engine's `Track.stack` gives it: shorter rows end in zeros. */
 export function wholeOf(tensor) {
   const rank = tensor.axes.length;

@@ -4,7 +4,7 @@
  */
 import { make } from "./dom.js";
 import { createFinder } from "./finder.js";
-import { cellOf, exactRow, wholeOf, tensorAt } from "./kept.js";
+import { cellOf, exactRow, rowsFrom, tensorAt, wholeOf } from "./kept.js";
 import { npzOf } from "./npz.js";
 import { createShelf } from "./shelf.js";
 import { placeOf, tokenOf } from "./token.js";
@@ -67,7 +67,7 @@ function lessonModel(page, shelf, places, query) {
     const { picture, ids } = finder.picture(snapshot, scene, values);
     const run = picture.run;
     const pieces = new Map();
-    for (const home of new Set(ids.map((id) => snapshot.tracks[id].rows[0]))) pieces.set(home, await shelf.get(home));
+    for (const home of new Set(ids.map((id) => homeOf(snapshot, id)[0]))) pieces.set(home, await shelf.get(home));
     if (turn !== turns) return;
     if (sent.run !== run) {
       sent.run = run;
@@ -76,8 +76,10 @@ function lessonModel(page, shelf, places, query) {
     tell(picture);
     for (const id of ids.filter((one) => !sent.tracks.has(one))) {
       sent.tracks.add(id);
-      const [home, index] = snapshot.tracks[id].rows;
-      pieces.get(home)[index].forEach((rows) => tell({ type: "rows", run, track: id, ...rows }));
+      const [home, index] = homeOf(snapshot, id);
+      const { rows, picks } = snapshot.tracks[id];
+      const here = pieces.get(home)[index];
+      (rows ? here : [rowsFrom(here, picks)]).forEach((message) => tell({ type: "rows", run, track: id, ...message }));
     }
     [...snapshot.texts, snapshot.run, snapshot.facts].filter(Boolean).forEach(tell);
     link();
@@ -106,7 +108,7 @@ function lessonModel(page, shelf, places, query) {
   const ahead = async () => {
     for (const snapshot of snapshots) {
       for (const one of snapshot.scenes) {
-        for (const id of finder.picture(snapshot, one.scene, values).ids) await shelf.get(snapshot.tracks[id].rows[0]);
+        for (const id of finder.picture(snapshot, one.scene, values).ids) await shelf.get(homeOf(snapshot, id)[0]);
       }
     }
     tell({ type: "ahead", ahead: 0, kept: snapshots.length, of: snapshots.length, left: [] });
@@ -186,6 +188,12 @@ function lessonModel(page, shelf, places, query) {
     },
   );
   return model;
+}
+
+/** Where a track's rows are: packed as they travel, or as they were recorded. */
+function homeOf(snapshot, id) {
+  const { rows, key } = snapshot.tracks[id];
+  return rows || snapshot.tensors.at[key];
 }
 
 /** Where the page begins: where its link says, as far as that was recorded. */

@@ -115,6 +115,28 @@ def shown(page: Watched, steps: int) -> list[list[str]]:
     return seen
 
 
+def test_another_head_from_disk_is_drawn_as_live(
+    site: Path, server: Server, disk: Watched, chromium_page: Watched
+) -> None:
+    """Its rows are taken from the tensors as they were recorded."""
+    lesson = all_lessons()["decode"]
+    parts = next(i for i, beat in enumerate(lesson.beats) if beat.scene == "parts")
+    knobs = lesson.knobs(**{**few(lesson, model="toy")[0].knobs.values(), "head": 5, "layer": 1})
+    token = encode(lesson, Place(knobs, beat=parts, step=9))
+    seen = []
+    for page, address in ((chromium_page, f"{server.url}/lesson/decode"), (disk, f"file://{site}/lesson/decode.html")):
+        ready(page, f"{address}?s={token}")
+        page.until("leanscope.step === 9")
+        page.page.wait_for_timeout(300)
+        seen.append(pictures(page))
+    assert len(seen[0]) == len(seen[1]) > 2
+    assert seen[0] == seen[1]
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(disk.page).response["violations"]
+    assert not [rule["id"] for rule in found if rule["impact"] in ("critical", "serious")]
+
+
 @pytest.mark.parametrize("slug", list(SMALL))
 def test_an_exported_page_shows_the_pixels_of_the_live_one(
     slug: str, site: Path, server: Server, disk: Watched, chromium_page: Watched
