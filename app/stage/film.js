@@ -62,13 +62,14 @@ export function createCamera(stage, folder) {
     /** The steps as an animation. `progress(done, of)` returns false to give up: then there is no file, but null. */
     gif: (steps, rate, progress, back) =>
       finer(1, back, async (css) => {
-        const shot = async (step, like) => pixelsOf(await rendered(drawn(step, css), 1, like));
-        const first = await shot(steps[0]);
-        const [middle, last] = [await shot(steps[steps.length >> 1], first), await shot(steps[steps.length - 1], first)];
-        const gif = createGif(first.width, first.height, paletteOf([first.data, middle.data, last.data]));
+        const shot = async (step, size) => pixelsOf(await rendered(drawn(step, css), 1, size, stage.colours().ground));
+        const some = [];
+        for (const at of [0, steps.length >> 1, steps.length - 1]) some.push(await shot(steps[at]));
+        const size = { width: Math.max(...some.map((one) => one.width)), height: Math.max(...some.map((one) => one.height)) };
+        const gif = createGif(size.width, size.height, paletteOf(some.map((one) => one.data)));
         for (const [i, step] of steps.entries()) {
           if (progress(i, steps.length) === false) return null;
-          gif.add((await shot(step, first)).data, i === steps.length - 1 ? Math.max(LAST, 100 / rate) : 100 / rate);
+          gif.add((await shot(step, size)).data, i === steps.length - 1 ? Math.max(LAST, 100 / rate) : 100 / rate);
         }
         return gif.bytes();
       }),
@@ -90,17 +91,21 @@ async function face(family, address) {
   }
 }
 
-/** SVG text as a canvas; of the size of `like`, where that is given. */
-async function rendered(text, by, like) {
+/** SVG text as a canvas; of that `size`, where one is given, and `ground` where the picture is smaller. */
+async function rendered(text, by, size, ground) {
   const image = new Image();
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(text)}`;
   await image.decode();
   const canvas = document.createElement("canvas");
-  canvas.width = like ? like.width : Math.round(image.naturalWidth * by);
-  canvas.height = like ? like.height : Math.round(image.naturalHeight * by);
+  const [width, height] = [Math.round(image.naturalWidth * by), Math.round(image.naturalHeight * by)];
+  Object.assign(canvas, size || { width, height });
   const pen = canvas.getContext("2d", { willReadFrequently: true });
   pen.imageSmoothingEnabled = false;
-  pen.drawImage(image, 0, 0, image.naturalWidth * by, image.naturalHeight * by);
+  if (ground) {
+    pen.fillStyle = ground;
+    pen.fillRect(0, 0, canvas.width, canvas.height);
+  }
+  pen.drawImage(image, 0, 0, width, height);
   return canvas;
 }
 

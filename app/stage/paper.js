@@ -150,9 +150,10 @@ function marked(element, style, at, pen) {
 
 function photographed(canvas, style, at) {
   if (!canvas.width || !canvas.height) return null;
-  const [x, y] = [Math.round(2 * at.x) / 2, Math.round(2 * at.y) / 2]; // on whole pixels of a picture twice as fine
+  const fine = Math.max(1, Math.round(canvas.width / at.width)); // its pixels to one of the page's: each stays one
+  const [x, y] = [at.x, at.y].map((place) => Math.round(fine * place) / fine);
   const sharp = style.imageRendering === "pixelated" ? "image-rendering:pixelated" : null;
-  const image = draw("image", { x, y, width: at.width, height: at.height, preserveAspectRatio: "none", href: canvas.toDataURL("image/png"), "aria-label": canvas.getAttribute("aria-label") });
+  const image = draw("image", { x, y, width: canvas.width / fine, height: canvas.height / fine, preserveAspectRatio: "none", href: canvas.toDataURL("image/png"), "aria-label": canvas.getAttribute("aria-label") });
   if (sharp) image.setAttribute("style", sharp);
   return image;
 }
