@@ -127,6 +127,7 @@ class RedisStore:
         self._listening: set[str] = set()
         self._reader: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
+        self._missed = False  # whether something may have been told while nobody listened
 
     @told
     async def make(self, code: str, kept: Kept, now: float) -> str:
@@ -247,7 +248,8 @@ class RedisStore:
         async for message in channel.listen():
             if message["type"] == "psubscribe":
                 self._ready.set()
-                for code in tuple(self._listening):
+                missed, self._missed = self._missed, True
+                for code in tuple(self._listening) if missed else ():
                     place = await self._redis.hget(self._key(code), "place")
                     if place is not None:
                         await self._hear(code, json.dumps({"type": "place", "place": json.loads(place)}))

@@ -39,6 +39,7 @@ BURST = 60.0
 PATIENCE = 600  # messages too many, after which a browser is hung up on
 TRIES = 10  # rooms that a connection may ask for in vain
 PING = 20.0  # seconds
+IDLE = 60.0  # seconds in which a browser that opened the way has to be in a room
 BASE = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+(/[A-Za-z0-9._~/-]*)?")
 
 if TYPE_CHECKING:
@@ -88,6 +89,12 @@ class RoomSocket(_Socket):
         RoomSocket.open_now += 1
         self._counted = True
         self.set_nodelay(True)
+        asyncio.get_running_loop().call_later(IDLE, self._look)
+
+    def _look(self) -> None:
+        """Whoever is in no room by now has no reason to be here."""
+        if not self.code:
+            self.close(4408, "in no room")
 
     def on_close(self) -> None:
         if self._counted:
@@ -211,7 +218,8 @@ class RoomHandler(Headed, AuthRequestHandler):
         knobs, _ = check(lesson.knobs, place["knobs"])
         token = link.encode(lesson, link.Place(knobs, place["beat"], place["step"]))
         query = f"?room={re.sub('[^A-Za-z0-9]', '', code).upper()}{f'&s={token}' if token else ''}"
-        self.redirect(f"../lesson/{lesson.slug}{query}")
+        up = "../../" if self.request.path.endswith("/") else "../"
+        self.redirect(f"{up}lesson/{lesson.slug}{query}")
 
     head = get
 

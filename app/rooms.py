@@ -182,8 +182,10 @@ class Rooms:
 
     async def close(self) -> None:
         """Let everything go."""
-        for task in [*self._tasks, *([self._pulse] if self._pulse else [])]:
+        tasks = [*self._tasks, *([self._pulse] if self._pulse else [])]
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._rooms.clear()
         await self.store.close()
 

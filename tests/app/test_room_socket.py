@@ -84,11 +84,11 @@ def test_pages_of_other_hosts_are_refused(server: Server) -> None:
 def test_the_short_address_leads_to_the_leader(server: Server) -> None:
     async def story() -> None:
         _, code, key = await opened(server)
-        for typed in (code, code.lower(), f"{code[:3]}-{code[3:]}"):
+        for typed in (code, code.lower(), f"{code[:3]}-{code[3:]}", f"{code}/"):
             status, headers, _ = await asyncio.to_thread(get, server, f"/room/{typed}")
             assert status == 302
             path, _, query = headers["location"].partition("?")
-            assert path == "../lesson/waves"
+            assert path == ("../../lesson/waves" if typed.endswith("/") else "../lesson/waves")
             room, token = re.fullmatch(r"room=(\w+)&s=([\w-]+)", query).groups()  # type: ignore[union-attr]
             place, problems = decode(LESSON, token)
             assert (room, place.knobs.steps, place.beat, place.step, problems) == (code, 9, 1, 4, [])  # type: ignore[attr-defined]

@@ -458,3 +458,24 @@ def test_each_question_of_a_lesson_can_be_put_to_a_room() -> None:
     for lesson in all_lessons().values():
         for beat in lesson.beats:
             assert beat.predict is None or 2 <= len(beat.predict.options) <= 12, lesson.slug
+
+
+def test_what_was_told_while_redis_was_cut_off_is_caught_up_with() -> None:
+    with redis_running() as address:
+
+        async def story(own: Rooms, clock: Clock) -> None:
+            leader, _ = await opened(own)
+            student = await joined(own, leader.code, seat(1))
+            with Redis.from_url(address) as redis:
+                await own.store.put(leader.code, json.dumps(place_of({**FIRST, "step": 9})))  # told to nobody
+                assert redis.client_kill_filter(_type="pubsub") == 1
+            for _ in range(2000):
+                if student.of("place"):
+                    break
+                await asyncio.sleep(0.005)
+            assert [message["place"]["step"] for message in student.of("place")] == [9]
+            await own.lead(leader, {**FIRST, "step": 11})
+            await settled(own, leader, student)
+            assert student.of("place")[-1]["place"]["step"] == 11
+
+        told(address, story)
