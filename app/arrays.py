@@ -59,10 +59,11 @@ class Tensor(np.ndarray):
         cls, array: np.ndarray, key: str, axes: tuple[str, ...], like: Track | Tensor, steps: np.ndarray | None
     ) -> Tensor:
         about = like.site if isinstance(like, Track) else like
-        made = np.asarray(array).view(cls)
+        base = np.asarray(array)
+        base.setflags(write=False)
+        made = base.view(cls)
         made.key, made.axes, made.steps = key, axes, steps
         made.symbol, made.meaning, made.unit = about.symbol, about.meaning, about.unit
-        made.setflags(write=False)
         return made
 
     def at(self, **where: int | slice | list[int]) -> Tensor:

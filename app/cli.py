@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -81,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument(
         "--allow-origin", action="append", default=[], metavar="HOST[:PORT]", help="a name under which others reach it"
     )
+    serving.add_argument(
+        "--prefix", type=_prefix, default="", metavar="/PATH", help="the path under which a proxy in front shows it"
+    )
     serving.add_argument("--no-warm", action="store_true", help="run no lesson before someone asks")
     serving.add_argument("--redis", metavar="URL", help="where rooms are kept that span processes")
     serving.add_argument("--no-models", action="store_true", help="run all lessons on the toys")
@@ -131,6 +135,13 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _prefix(text: str) -> str:
+    path = "/" + text.strip("/") if text.strip("/") else ""
+    if not re.fullmatch(r"[A-Za-z0-9/._~@-]*", path) or "//" in path or "/.." in path:
+        raise argparse.ArgumentTypeError(f"a prefix is a path such as /user/ann/leanscope, not {text[:40]!r}")
+    return path
+
+
 def _serve(options: argparse.Namespace) -> None:
     from app.serve import PortError, serve
 
@@ -143,6 +154,7 @@ def _serve(options: argparse.Namespace) -> None:
             port=options.port,
             origins=[*options.allow_origin, *(name.strip() for name in named.split(",") if name.strip())],
             warm=not options.no_warm,
+            prefix=options.prefix,
             redis=options.redis,
             say=lambda text: print(text, flush=True),
         )

@@ -57,6 +57,11 @@ class Headed(RequestHandler):
         self.set_header("Content-Security-Policy", policy(self.request.host))
         self.clear_header("Server")
 
+    @property
+    def _prefix(self) -> str:
+        """The path that a proxy in front leaves in each address."""
+        return str(getattr(self.application, "prefix", ""))
+
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         self._tell(status_code, "This did not work.", "The server could not make this page.")
 
@@ -64,7 +69,7 @@ class Headed(RequestHandler):
         self.set_status(status)
         self.set_header("Cache-Control", "no-store")
         self.set_header("Content-Type", "text/html; charset=utf-8")
-        self.finish(shell.message(title, line, self.request.path))
+        self.finish(shell.message(title, line, self.request.path.removeprefix(self._prefix)))
 
 
 class NotFound(Headed):
@@ -106,6 +111,8 @@ class Routed(_Routed):
 class PageHandler(Routed, Headed, DocHandler):
     """The two pages. HEAD tells whether one is there, and makes no session."""
 
+    explores = False
+
     @authenticated
     def head(self, slug: str = "") -> None:
         self.set_header("Cache-Control", "no-store")
@@ -114,6 +121,9 @@ class PageHandler(Routed, Headed, DocHandler):
 
     @authenticated
     async def get(self, slug: str = "", **kwargs: Any) -> None:
+        if self._prefix and self.request.path == self._prefix:
+            self.redirect(f"{self._prefix.rpartition('/')[2]}/{'?' if self.request.query else ''}{self.request.query}")
+            return
         lesson = all_lessons().get(slug) if slug else None
         if slug and lesson is None:
             self._tell(404, "There is no such lesson.", "It may not be written yet, or the address is mistyped.")
@@ -126,13 +136,17 @@ class PageHandler(Routed, Headed, DocHandler):
         self.set_header("Cache-Control", "no-store")
         self.set_header("Content-Type", "text/html; charset=utf-8")
         root = session.document.roots[0].ref["id"]
-        self.finish(shell.page(lesson, session.token, root, "../" if slug else "./"))
+        self.finish(self._shell(lesson, session, root, "../" if slug else "./"))
+
+    def _shell(self, lesson: Any, session: Any, root: str, up: str) -> str:
+        return shell.page(lesson, session.token, root, up)
 
     async def _open(self, slug: str) -> Any:
         """A session for this visit. Nothing of the request goes into it but slug, token and presenting."""
         server, query = self.application, self.request.query
         session_id = generate_session_id(secret_key=server.secret_key, signed=server.sign_sessions)
         asked = {"slug": slug, "token": link.first(query, "s"), "present": link.first(query, "present") == "1"}
+        asked["explore"] = self.explores
         payload: Any = {"headers": {}, "cookies": {}, "arguments": {}, "page": asked}
         token = generate_jwt_token(
             session_id,
@@ -143,6 +157,16 @@ class PageHandler(Routed, Headed, DocHandler):
         )
         self.request.app_path = f"/lesson/{slug}" if slug else "/"  # type: ignore[attr-defined]
         return await self.application_context.create_session_if_needed(session_id, self.request, token)
+
+
+class ExploreHandler(PageHandler):
+    """The page that looks at the tensors of a lesson's run: its plots are roots beside the controls."""
+
+    explores = True
+
+    def _shell(self, lesson: Any, session: Any, root: str, up: str) -> str:
+        plots = {figure.ref["id"]: figure.name for figure in session.document.roots if figure.ref["id"] != root}
+        return shell.explore(lesson, session.token, root, plots, up)
 
 
 class PageSocket(Routed, WSHandler):

@@ -15,14 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import panel
 from bokeh.document import Document
 from bokeh.embed.bundle import extension_dirs
 from panel.io.state import state
 from panel.viewable import Viewable
 from tqdm import tqdm
 
-from app import assets, fonts, link, page, serve
+from app import assets, explore, fonts, link, page, serve
 from app.answers import Message
 from app.arrays import Arrays, Unfit
 from app.runs import key_of, perform, with_available_model
@@ -77,7 +76,7 @@ def load(path: str | Path, slug: str) -> Arrays:
 
 
 def _performed(lesson: Lesson, knobs: Knobs) -> Recording:
-    with tqdm(desc=lesson.slug, unit=f" {lesson.step_word}s", delay=1, leave=False) as bar:
+    with tqdm(desc=lesson.slug, unit=f" {lesson.step_word}s", delay=1, mininterval=0.5, leave=False) as bar:
 
         def on_step(recorder: Recorder) -> None:
             total = recorder.meta.get("total_steps")
@@ -113,8 +112,7 @@ def cell(lesson: Lesson, knobs: Mapping[str, Any]) -> Viewable:
         raise Unfit("A lesson is shown in a notebook; elsewhere `leanscope serve` shows it in a browser.") from None
     place = link.Place(_turned(lesson, knobs))
     runs = serve.begin(warm=False)
-    if not panel.extension._loaded:
-        panel.extension(inline=True)  # from this machine: no page of ours asks another host for anything
+    explore.begin()
     stage = assets.stage_file().read_text("utf-8")
     shown = page.lesson_page(lesson, place, runs, stage, {"embedded": True, "fonts": "", "home": None}, address="")
 

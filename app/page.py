@@ -116,6 +116,7 @@ def build(doc: Document, address: Address, runs: Runs) -> None:
         return
     place, problems = link.decode(lesson, address.token)
     linked = bool(address.token) and not problems
+    places["explore"] = f"{address.up}explore/{lesson.slug}"
     page = lesson_page(lesson, place, runs, stage, places, linked=linked, notices=problems, present=address.present)
     open_on(doc, page, lesson, place, runs, present=address.present)
 

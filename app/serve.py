@@ -24,7 +24,7 @@ from panel.io.application import Application
 from panel.io.server import Server
 from tornado.ioloop import IOLoop
 
-from app import assets, fonts, handlers, page, room_socket
+from app import assets, explorer, fonts, handlers, page, room_socket
 from app.rooms import Rooms, store_maker
 from app.runs import Runs, code_version, with_available_model
 from app.store import Store
@@ -93,6 +93,9 @@ def fill(doc: Document) -> None:
     asked = payload.get("page")
     asked = asked if isinstance(asked, dict) else {}
     slug, token = asked.get("slug"), asked.get("token")
+    if asked.get("explore") is True and slug in all_lessons():
+        explorer.fill(doc, all_lessons()[slug], token if isinstance(token, str) else "", begin())
+        return
     address = page.Address(
         slug if isinstance(slug, str) and slug in all_lessons() else "",
         token if isinstance(token, str) else "",
@@ -119,6 +122,8 @@ def routes() -> list[Any]:
         (r"/lesson/.*", handlers.NotFound, {}),
         (r"/room/ws", room_socket.RoomSocket, {"rooms": rooms}),
         (r"/room/([^/]{1,40})/?", room_socket.RoomHandler, {"rooms": rooms}),
+        (r"/explore/(?P<slug>[^/]+)/ws", handlers.PageSocket, {}),
+        (r"/explore/(?P<slug>[^/]+)", handlers.ExploreHandler, {}),
         (r"/ws", handlers.PageSocket, {}),
         (r"/", handlers.PageHandler, {}),
         (r"/assets/([A-Za-z0-9_-]+\.[a-z0-9]+)", handlers.AssetHandler, {}),
@@ -137,11 +142,13 @@ def serve(
     port: int,
     origins: list[str],
     warm: bool = True,
+    prefix: str = "",
     redis: str | None = None,
     say: Callable[[str], None],
 ) -> None:
     """Serve until interrupted, and tell by `say` where. `origins` are further hosts whose pages may open a WebSocket;
-    `redis` is where rooms are kept that span processes. Raises PortError.
+    `prefix` is the path that a proxy in front leaves in each address; `redis` is where rooms are kept that span
+    processes. Raises PortError.
     """
     global _redis
     _redis = redis
@@ -160,6 +167,7 @@ def serve(
             port=port,
             io_loop=loop,
             extra_patterns=[*routes(), (r".*", handlers.NotFound, {})],
+            prefix=prefix,
             use_index=False,
             keep_alive_milliseconds=25_000,
             unused_session_lifetime_milliseconds=IDLE,
@@ -175,7 +183,7 @@ def serve(
     # Bokeh is told the origins here, because only now is the port known when any free one was asked for.
     server._tornado._websocket_origins = _origins(address, got) | {name.lower() for name in origins}
     shown = "localhost" if address in ("127.0.0.1", "0.0.0.0", "") else f"[{address}]" if ":" in address else address
-    say(f"Leanscope is at http://{shown}:{got}/ (Ctrl-C stops it)")
+    say(f"Leanscope is at http://{shown}:{got}{prefix}/ (Ctrl-C stops it)")
     for problem in filter(None, (runs.store.problem, trouble)):
         say(problem)
     server.start()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from app import assets
 from lessons.lesson import Lesson
@@ -21,16 +23,44 @@ STYLE = (
 )
 
 
+PLOTS = {
+    "image": "The tensor as an image",
+    "counts": "How its values are spread",
+    "across": "Its values along a row",
+    "down": "Its values along a column",
+}
+PLOT_STYLE = (
+    "#plots{display:grid;grid-template-columns:minmax(0,3fr) minmax(0,2fr);gap:16px;max-width:1380px;margin:0 auto;"
+    "box-sizing:border-box;padding:0 28px 40px}#plot-image{grid-row:span 3}"
+    ".plot{min-width:0;border-radius:12px;overflow:hidden}"
+    "@media(max-width:900px){#plots{grid-template-columns:minmax(0,1fr);padding:0 14px 32px}}"
+)
+
+
 def page(lesson: Lesson | None, token: str, root: str, up: str) -> str:
     """The page around a component: `token` names its session, `root` its model, `up` is the way to the site's root."""
     title = f"{lesson.title} · Leanscope" if lesson else "Leanscope"
-    question = lesson.question if lesson else MOTTO
+    return _around(title, lesson.question if lesson else MOTTO, {"token": token, "root": root}, up)
+
+
+def explore(lesson: Lesson, token: str, root: str, plots: Mapping[str, str], up: str) -> str:
+    """The page around an explorer: its controls, then a place for each plot (id of its model: its name)."""
+    known = {model: f"plot-{name}" for model, name in plots.items() if name in PLOTS}
+    places = "".join(
+        f'<div id="plot-{name}" class="plot" role="group" aria-label="{label}"></div>' for name, label in PLOTS.items()
+    )
+    below = f'<section id="plots" aria-label="Plots">{places}</section>\n'
+    title = f"Explore: {lesson.title} · Leanscope"
+    return _around(title, lesson.question, {"token": token, "root": root, "plots": known}, up, below, PLOT_STYLE)
+
+
+def _around(title: str, question: str, item: Mapping[str, Any], up: str, below: str = "", style: str = "") -> str:
     scripts = "".join(f'<script defer src="{up}assets/{name}"></script>\n' for name in assets.scripts())
-    item = html.escape(json.dumps({"token": token, "root": root}))
+    more = f"<style>{style}</style>\n" if style else ""
     return (
-        f"{head(title, question, _icon(up))}"
+        f"{head(title, question, _icon(up))}{more}"
         f'<link rel="modulepreload" href="{up}assets/{assets.stage()}">\n{scripts}</head>\n'
-        f'<body>\n<div id="leanscope" data-item="{item}"></div>\n'
+        f'<body>\n<div id="leanscope" data-item="{html.escape(json.dumps(item))}"></div>\n{below}'
         f'<noscript><main class="plain"><h1>{html.escape(question)}</h1>'
         "<p>Leanscope draws its pictures in the browser, and needs JavaScript for that.</p></main></noscript>\n"
         "</body>\n</html>\n"

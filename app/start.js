@@ -5,6 +5,8 @@
   window.importShim.addImportMap = () => {};
 
   const place = document.getElementById("leanscope");
-  const { token, root } = JSON.parse(place.dataset.item);
-  Bokeh.embed.embed_items({}, [{ token, roots: { [root]: place }, root_ids: [root], use_for_title: false }]);
+  const { token, root, plots = {} } = JSON.parse(place.dataset.item); // plots: model id -> id of the element for it
+  const roots = { [root]: place };
+  for (const [id, name] of Object.entries(plots)) roots[id] = document.getElementById(name);
+  Bokeh.embed.embed_items({}, [{ token, roots, root_ids: Object.keys(roots), use_for_title: false }]);
 }

@@ -4,6 +4,7 @@
  */
 import { lessonPage } from "./lesson.js";
 import { make } from "./dom.js";
+import { explorePage } from "./explore.js";
 import { homePage } from "./home.js";
 import { plainModel } from "./model.js";
 import { STYLES } from "./styles.js";
@@ -29,7 +30,8 @@ function render({ model: given, el }) {
     page?.themed();
   });
   if (!places.embedded) document.body.style.margin = "0";
-  page = !model.get("lesson")?.slug ? homePage({ root, model, places, theme }) : lessonPage({ root, model, places, theme });
+  const open = model.get("explore")?.slug ? explorePage : model.get("lesson")?.slug ? lessonPage : homePage;
+  page = open({ root, model, places, theme });
   loadFonts(places.fonts, () => page.themed());
   model.on("remove", () => {
     theme.stop();

@@ -3,10 +3,10 @@ import { createCode } from "./code.js";
 import { fill, make, say } from "./dom.js";
 import { createTensors } from "./tensors.js";
 
-export function createTabs(send, player, footnote = "") {
+export function createTabs(send, player, footnote = "", explore = "") {
   const claims = createClaims(footnote);
   const code = createCode();
-  const tensors = createTensors(send, player);
+  const tensors = createTensors(send, player, explore);
   const pages = [
     { name: "Claims", element: claims.element },
     { name: "Code", element: code.element, ask: "code" },

@@ -3,14 +3,15 @@ import { fill, make } from "./dom.js";
 import { plain } from "./track.js";
 import { bytes, short } from "./text.js";
 
-export function createTensors(send, player) {
+/** `explore`: the address of the page that looks at any of them, "" where there is none. */
+export function createTensors(send, player, explore = "") {
   const rows = make("tbody", {});
   const names = ["Tensor", "Shape", "Type", "Size", "Low", "High", "Mean"];
   const list = make("table", { class: "tensor-list" }, make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name)))), rows);
   const cut = make("p", { class: "cut-note", hidden: true });
   const grid = make("div", { class: "value-grid", tabindex: 0, role: "region", "aria-label": "Values" });
   const offer = (what, label) => make("button", { type: "button", class: "download", on: { click: () => send({ type: "download", what }) } }, label);
-  const downloads = make("div", { class: "downloads" }, offer("npz", "All tensors (.npz)"), offer("recording", "The recording (.safetensors)"), offer("claims", "The claims (.csv)"));
+  const downloads = make("div", { class: "downloads" }, offer("npz", "All tensors (.npz)"), offer("recording", "The recording (.safetensors)"), offer("claims", "The claims (.csv)"), explore ? exploring(explore) : null);
   const waiting = make("p", { class: "waiting-text" }, "Listing the tensors …");
   const element = make("div", { class: "tensor-page" }, downloads, waiting, make("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": "Recorded tensors" }, list), cut);
   list.hidden = true;
@@ -58,6 +59,17 @@ export function createTensors(send, player) {
   };
 
   return { element, show, values };
+}
+
+/** A link to the explorer of this very run: with the page's own state in it. */
+function exploring(address) {
+  const link = make("a", { class: "download", href: address }, "Explore them: slices, lines, distributions →");
+  const follow = () => {
+    const state = new URLSearchParams(location.search).get("s");
+    link.setAttribute("href", state ? `${address}?s=${encodeURIComponent(state)}` : address);
+  };
+  for (const kind of ["focus", "pointerenter", "pointerdown"]) link.addEventListener(kind, follow);
+  return link;
 }
 
 function shapeOf({ axes, shape }) {
