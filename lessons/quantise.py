@@ -150,6 +150,8 @@ def facts(recording: Recording) -> dict[str, Any]:
         "ppl_float": ppl["float"],
         **{f"ppl_{name.replace('-', '')}": _told(value) for name, value in ppl.items() if name != "float"},
         **{f"error_{what}_{grain}": value for (what, grain), value in grains.items()},
+        "printed_top": meta["printed_top"],
+        "top": meta["top"],
         "spread": meta["spread_high"] / max(meta["spread_low"], 1e-12),
         "found": meta["found"],
         "caveat": CAVEAT if meta["model"]["kind"] == "real" else PLAIN,
@@ -260,9 +262,9 @@ BEATS = (
                         format=".2f"),
     ),
     Beat(
-        "It is {worst_value:.2f}, off by {worst_error:.3f}. No value inside the range can be further than half a step, "
-        "{half_step:.3f}. The lecture prints this scale with two decimals and multiplies by those: it gets 2.14 "
-        "where the grid has 2.13.",
+        "It is {worst_value:.3g}, off by {worst_error:.3g}. No value inside the range can be further off than half a "
+        "step, here {half_step:.3g}. The lecture, whose matrix this page begins with, prints its scale with two "
+        "decimals and multiplies by that: it gets {printed_top:.2f} where the grid has {top:.4f}.",
         scene="even", step="walked", play=True, focus="even", do=Do("Open a cell’s arithmetic", cell="even"),
     ),
     Beat(
@@ -332,8 +334,8 @@ SCENES = (
             Numbers(
                 name="squared", title="Mean squared error", span=5,
                 numbers=(
-                    Number("Even grid, so far", of(see.SQUARED, method="linear"), format=".4f", colour="alarm"),
-                    Number("Codebook", of(see.SQUARED, method="k-means"), format=".4f", colour="recomputed"),
+                    Number("Even grid, so far", of(see.SQUARED, method="linear"), format=".3g", colour="alarm"),
+                    Number("Codebook", of(see.SQUARED, method="k-means"), format=".3g", colour="recomputed"),
                 ),
             ),
         ),

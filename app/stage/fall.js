@@ -63,8 +63,14 @@ export function numberLine(pen, box, context, about) {
     pen.globalAlpha = 1;
     lineDot(pen, from, many ? 1.4 : 2.4, role("kept"), false);
     lineDot(pen, here, lit ? radius + 1.5 : radius, lit ? role("key") : hue(item.level), false);
-    if (lit) lineWords(pen, context, format(item.value, ".2f"), from.x, top - 8, role("ink"), "center", 12, box);
+    if (lit) lineWords(pen, context, format(item.value, lineFigures(about)), from.x, top - 8, role("ink"), "center", 12, box);
   }
+}
+
+/** As many decimals as tell values on this axis apart. */
+function lineFigures({ low, high }) {
+  const span = high - low;
+  return span < 0.05 ? ".4f" : span < 0.5 ? ".3f" : span < 50 ? ".2f" : ".3g";
 }
 
 function levelBorders(pen, levels, x, from, to, colour) {
@@ -89,7 +95,7 @@ function levelTicks(pen, context, about, { x, axis, hue, box }) {
       lineWords(pen, context, name, at, axis + 18, role("ink"), "center", 13, box);
       free = [at + 4 * name.length, free[1]];
     }
-    const value = format(level, Math.abs(about.high - about.low) < 0.5 ? ".3f" : ".2f");
+    const value = format(level, lineFigures(about));
     if (at - free[1] > 4 * value.length + 8) {
       lineWords(pen, context, value, at, axis + 32, role("muted"), "center", 11, box);
       free = [free[0], at + 4 * value.length];

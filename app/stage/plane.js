@@ -263,7 +263,7 @@ function label(pen, point, taken, { x, y, width, margin }, { colours, fonts }) {
   const [px, py] = [x(point.x), y(point.y)];
   const places = [[px + 9, py - 6], [px - 9 - wide, py - 6], [px - wide / 2, py - 22], [px - wide / 2, py + 9]];
   const free = ([left, top]) =>
-    left > margin.left && left + wide < width - 2 && taken.every((t) => left > t[0] + t[2] || left + wide < t[0] || top > t[1] + 12 || top + 12 < t[1]);
+    left > margin.left && left + wide < width - Math.max(2, margin.right || 0) && taken.every((t) => left > t[0] + t[2] || left + wide < t[0] || top > t[1] + 12 || top + 12 < t[1]);
   const place = places.find(free);
   if (!place) return;
   taken.push([...place, wide]);
