@@ -136,6 +136,7 @@ def facts(recording: Recording) -> dict[str, Any]:
         "w_spread": float(np.median(stats[:, 1])), "fixed": float(np.median(stats[:, 2])),
         "flagged": int(found.sum()), "loud_layers": int((found > 0).sum()), "layers": len(found),
         "residual": meta["residual"][0], "usual": meta["residual"][1],
+        "too_much": float(recording.track(SMOOTHED).latest()[-1]),
         "worse": ppl["tensor"] / ppl["float"], "awq_ratio": meta["awq_ratio"], "awq_loss": meta["awq_loss"],
         "kl_tensor": float(moved[list(WAYS).index("tensor")]), "kl_int8": float(moved[list(WAYS).index("int8")]),
         "lighter": meta["bytes"][0] / meta["bytes"][1], "grid": _grid_note(meta), "best": _best(ppl),
@@ -300,7 +301,8 @@ BEATS = (
     Beat(
         "Does it help? With scales for rows, {ppl_smooth:.1f}. With ==one scale each|sweep== only "
         "{ppl_smooth_tensor:.1f}, where {ppl_tensor:.1f} was before: here the scales do most of the work, smoothing "
-        "the rest. Papers’ larger models need it more.", scene="smooth", step="smooth", focus="sweep",
+        "the rest. And α matters: at 0.75, perplexity is {too_much:,.0f}.", scene="smooth", step="smooth",
+        focus="sweep",
     ),
     Beat(
         "Now weights alone, {bits} bits, in groups: {ppl_rounded:.1f}. Keep the 1% of channels that meet the loudest "
