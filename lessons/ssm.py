@@ -264,7 +264,7 @@ BEATS = (
         "pass, some leave a mark.", scene="state", step="half", play=True, focus="state",
     ),
     Beat(
-        "Every word decides how much to overwrite: its [[step size]] Δ. At “{loud}”, ==darkest of all|text==, "
+        "Every word decides how much to overwrite: its [[step size]] Δ. At “{loud}”, ==strongest of all|text==, "
         "{cleared:.0%} of the channels lose over half of what they held, elsewhere {usual:.0%}: a list begins, what "
         "came before may go. In layer 1 values write {by_value:.3f} on average, keys {by_key:.3f}.",
         scene="state", step="last_value", play=True, focus="text",
@@ -283,7 +283,7 @@ BEATS = (
     ),
     Beat(
         "Now test them. After each pair, a copy of every memory is asked for all pairs so far: ==a row|back_softmax== "
-        "of answers, dark where right. Look down a column: one pair, getting older.", scene="forget", step="half",
+        "of answers, strong where right. Look down a column: one pair, getting older.", scene="forget", step="half",
         play=True, focus="back_mamba",
         predict=Predict(
             "From how many pairs on does Mamba find less than half?", (3, 8, 16, 40), "forgets", format=".0f",
@@ -361,7 +361,7 @@ SCENES = (
                 rows="state", columns="channel", colours="diverging",
             ),
             Tokens(
-                name="text", title="The list, as it is read", note="darker: overwrites more", fold=False,
+                name="text", title="The list, as it is read", note="stronger: overwrites more", fold=False,
                 value=of(MEAN, **LAYER), colours="key", value_label="mean Δ",
             ),
             Heatmaps(

@@ -264,7 +264,7 @@ BEATS = (
     Beat(
         "A trained model’s weights stand still. This memory’s do not: ==one matrix|matrix== that starts at zero and "
         "takes a training step at every word. ==Each step|write== says: *this word followed that one*. The "
-        "==darker a word|text==, the more it teaches.", scene="memory", step="told_at", play=True, focus="matrix",
+        "==stronger a word’s colour|text==, the more it teaches.", scene="memory", step="told_at", play=True, focus="matrix",
     ),
     Beat(
         "“{key} {value}” has just been told. Surprise is the [[gradient]]’s length: {shock:.2f}. Asked for “{key}”, "
@@ -332,7 +332,7 @@ SCENES = (
         "memory",
         (
             Tokens(
-                name="text", title="The text, as it is read", note="darker: more surprising", fold=False,
+                name="text", title="The text, as it is read", note="stronger: more surprising", fold=False,
                 value=of(SURPRISE), colours="heavy", value_label="surprise",
             ),
             Heatmaps(
@@ -364,7 +364,7 @@ SCENES = (
                 columns="query", column_labels="tokens", colours="value", cell=course_cell,
             ),
             Tokens(
-                name="text2", title="The text", note="darker: more surprising", fold=False, value=of(SURPRISE),
+                name="text2", title="The text", note="stronger: more surprising", fold=False, value=of(SURPRISE),
                 colours="heavy", value_label="surprise",
             ),
             Bars(

@@ -13,9 +13,14 @@ QUICK = {
     "sinks": {"tokens": 96, "window": 32},
     "heavy-hitters": {"tokens": 96, "steps": 6},
     "heads": {"steps": 10},
+    "ssm": {"pairs": 4},
     "ring": {"ranks": 2, "length": 64},
     "outliers": {"tokens": 64},
     "qat": {"steps": 10},
+    "prune": {"steps": 10, "seeds": 1},
+    "experts": {"steps": 20},
+    "contextual": {"tokens": 16},
+    "offload": {"tokens": 8},
 }
 
 
