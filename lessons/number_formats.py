@@ -334,7 +334,7 @@ BEATS = (
         "{mb_fp16:.4g}, then {mb_e4m3:.4g}. In 32 bits this text is read at a [[perplexity]] of {ppl_fp32:.2f}, in "
         "bf16 at {ppl_bf16:.2f}.",
         scene="cost", step="sixteen", play=True, focus="plane",
-        predict=Predict("With two bits of mantissa, in fp8 e5m2, the perplexity is about … times as high",
+        predict=Predict("By what factor does it grow in fp8 e5m2, with two bits of mantissa?",
                         (1, 1.2, 2, 10), "e5m2_factor", format=".2f", unit="×"),
     ),
     Beat(
