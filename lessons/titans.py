@@ -263,8 +263,8 @@ CLAIMS = (
 BEATS = (
     Beat(
         "A trained model’s weights stand still. This memory’s do not: ==one matrix|matrix== that starts at zero and "
-        "takes a training step at every word. ==Each step|write== says: *this word followed that one*. The "
-        "==stronger a word’s colour|text==, the more it teaches.", scene="memory", step="told_at", play=True, focus="matrix",
+        "takes a training step at every word. ==Each step|write== says: *this word followed that one*. "
+        "==Strong words|text== teach most.", scene="memory", step="told_at", play=True, focus="matrix",
     ),
     Beat(
         "“{key} {value}” has just been told. Surprise is the [[gradient]]’s length: {shock:.2f}. Asked for “{key}”, "
