@@ -182,8 +182,8 @@ def test_the_law_of_rooms(url: str, actions: list[tuple[Any, ...]]) -> None:
         assert not any(member.of("votes") for member in everybody if member is not leader), (
             "only the leader sees them come"
         )
-        counts = leader.of("votes")
-        assert not counts or shown is not None or counts[-1]["count"] == len(votes)
+        if place["beat"] == 1 and shown is None:
+            assert leader.of("votes")[-1]["count"] == len(votes), "where the leader is, the count is right"
 
         await own.end(leader)
         for _ in range(1000):
