@@ -70,7 +70,7 @@ class Projector:
 
     def told(self, notes: Any, where: str, text: str) -> None:
         """Wait until the notes say so."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 200
         while text not in notes.inner_text(where):
             assert time.monotonic() < end, notes.inner_text(where)
             self.page.wait_for_timeout(50)
@@ -219,7 +219,7 @@ def test_notes_show_what_comes_and_the_answer_and_lead_the_page(server: Server, 
 
 
 def test_without_a_network_all_beats_go_on(server: Server, chromium_page: Watched) -> None:
-    show = Projector(chromium_page, server, "sinks")
+    show = Projector(chromium_page, server, "sinks", tokens=96, window=24)
     notes = show.notes()
     show.told(notes, ".notes-status", "Every part is in this page and plays on without the network.")
     show.page.context.set_offline(True)
