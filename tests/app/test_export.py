@@ -267,7 +267,8 @@ def test_exported_pages_are_valid_html(waves: Path) -> None:
         assert "<title>" in text
         assert ' lang="en"' in text
         assert "Content-Security-Policy" in text
-        assert "unsafe" not in text
+        assert "unsafe-eval" not in text
+        assert "script-src &#x27;self&#x27; file:;" in text
         assert "http:" not in text
         assert "https:" not in text
         assert f'content="Leanscope {export.version()}"' in text
