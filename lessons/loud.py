@@ -140,7 +140,7 @@ class Ear:
     def __init__(self, ids: Any, names: tuple[str, ...], tokenizer: Any) -> None:
         self.ids, self.names, self.tokenizer = ids, names, tokenizer
         self.base: Any = None
-        self.ppls, self.moved = (np.zeros(len(names), np.float32) for _ in range(2))
+        self.ppls, self.moved = (np.full(len(names), np.nan, np.float32) for _ in range(2))
 
     def hear(self, name: str, logp: Any) -> float:
         """What is to be shown of log probabilities; returns the perplexity. Ends the step."""

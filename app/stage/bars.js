@@ -4,6 +4,9 @@ import { format, visible } from "./text.js";
 
 const BARS = 24; // bars drawn; the table has them all
 
+/** What has not been measured yet has no length. */
+const barLength = (value) => (Number.isFinite(value) ? value : 0);
+
 export function bars(host, spec, context) {
   const { store } = context;
   const list = make("div", { class: "bars", role: "img" });
@@ -40,16 +43,16 @@ export function bars(host, spec, context) {
       step = now;
       const pairs = read();
       const shown = pairs.slice(0, BARS);
-      const high = spec.high ?? Math.max(1e-9, ...pairs.map(([, value]) => value));
+      const high = spec.high ?? Math.max(1e-9, ...pairs.map(([, value]) => barLength(value)));
       shown.forEach(([name, value], n) => {
         const { label, bar, value: figure, node } = row(n);
         say(label, name);
-        say(figure, format(value, spec.format));
-        bar.style.transform = `scaleX(${Math.max(0, Math.min(1, value / high))})`;
+        say(figure, Number.isFinite(value) ? format(value, spec.format) : "–");
+        bar.style.transform = `scaleX(${Math.max(0, Math.min(1, barLength(value) / high))})`;
         node.hidden = false;
       });
       rows.slice(shown.length).forEach(({ node }) => (node.hidden = true));
-      const most = shown.reduce((best, pair) => (best && best[1] >= pair[1] ? best : pair), null);
+      const most = shown.reduce((best, pair) => (best && barLength(best[1]) >= barLength(pair[1]) ? best : pair), null);
       list.setAttribute("aria-label", most ? `${spec.title}: most, ${format(most[1], spec.format)}, for “${most[0]}”` : spec.title);
       return shown.length > 0;
     },
