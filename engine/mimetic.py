@@ -3,8 +3,8 @@
 In trained language models some heads of the first layers look one token back, and later ones find what followed this
 token before ("In-context Learning and Induction Heads", Olsson et al., arXiv:2209.11895). The second kind cannot form
 before the first, and a word must not drown in what the first kind writes. With plain random weights 0.02 wide a toy
-waits thousands of steps for that. Recurrent mixers need no such help: RWKV's token shift and Mamba's short convolution
-look one token back by construction.
+waits thousands of steps for that. Mamba's short convolution could look one token back and does not find out by itself:
+`mixers.head_start` helps it. RWKV's token shift looks back by construction.
 "Mimetic Initialization of Self-Attention Layers" (Trockman and Kolter, arXiv:2305.09828), section 3: start where
 trained weights end up, here with W_V W_proj near a multiple of the identity. Paper -> here: W_V = rows of `qkv`,
 W_proj = `out`, beta_2 = `gain`.

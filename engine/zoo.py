@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from engine.mixers.cross_layer import cla, yoco
-from engine.mixers.head_start import head_start
+from engine.mixers.head_start import head_start, scan_start
 from engine.mixers.hybrid import Mixer, hybrid, spread
 from engine.mixers.latent import Latent
 from engine.mixers.linear import LinearAttention
@@ -162,6 +162,11 @@ def _main() -> dict[str, Recipe]:
     return recipes
 
 
+def _looking_back(make: Make) -> Make:
+    """The same, with Mamba's layers set to look one token back as the first layer of attention is."""
+    return lambda seed: scan_start(make(seed), seed=seed)
+
+
 def _recall() -> dict[str, Recipe]:
     attention = each(SoftmaxAttention)
     mixers = {
@@ -174,7 +179,7 @@ def _recall() -> dict[str, Recipe]:
     }
     return {
         f"recall-{name}-{seed}": Recipe(
-            toy(mixer=mixer, like=SMALL, parameters=SMALL_PARAMETERS),
+            _looking_back(toy(mixer=mixer, like=SMALL, parameters=SMALL_PARAMETERS)),
             f"{name} on lists of pairs, seed {seed}",
             stages=LISTS, rate=3e-3, seed=seed, grammar=MANY,
         )
