@@ -46,7 +46,7 @@ class Taker:
     def __init__(self, watched: Watched, url: str, inside: str = "document") -> None:
         self.watched, self.page, self.inside = watched, watched.page, inside
         watched.open(url)
-        self.until("window.leanscope?.ready && $.querySelector('.claims tbody tr')", seconds=120)
+        self.until("window.leanscope?.ready && $.querySelector('.claims tbody tr')", seconds=200)
 
     def until(self, expression: str, *, seconds: float = 60) -> Any:
         return self.watched.until(expression.replace("$", self.inside), seconds=seconds)
@@ -121,14 +121,15 @@ def holds(picture: np.ndarray, canvas: dict[str, Any]) -> float:
 
 def address(server: Server, slug: str, **place: Any) -> str:
     lesson = find_lesson(slug)
-    return f"{server.url}/lesson/{slug}?s={encode(lesson, Place(lesson.knobs(model='toy'), **place))}"
+    quick = {"tokens": 96, "window": 24} if slug == "sinks" else {}
+    return f"{server.url}/lesson/{slug}?s={encode(lesson, Place(lesson.knobs(model='toy', **quick), **place))}"
 
 
 LIVE = "document.querySelector('#leanscope').firstElementChild.shadowRoot"
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("slug", "beat", "step"), [("decode", 1, 20), ("sinks", 3, 150)])
+@pytest.mark.parametrize(("slug", "beat", "step"), [("decode", 1, 20), ("sinks", 3, 80)])
 def test_a_picture_is_the_page(server: Server, fine: Watched, tmp_path: Path, slug: str, beat: int, step: int) -> None:
     taker = Taker(fine, address(server, slug, beat=beat, step=step), LIVE)
     taker.until(f"leanscope.step === {step}")
@@ -208,7 +209,7 @@ def test_an_animation_has_the_frames_asked_for(server: Server, fine: Watched) ->
 
 @pytest.mark.browser
 def test_numbers_and_a_link_lead_to_the_same(server: Server, fine: Watched, tmp_path: Path) -> None:
-    taker = Taker(fine, address(server, "sinks", beat=2, step=100), LIVE)
+    taker = Taker(fine, address(server, "sinks", beat=2, step=70), LIVE)
     taker.page.get_by_role("tab", name="Tensors").click()
     (tmp_path / "r.safetensors").write_bytes(taker.take("The recording (.safetensors)", within="tabpanel")[1])
     recording = Recording.load(tmp_path / "r.safetensors")
@@ -219,7 +220,7 @@ def test_numbers_and_a_link_lead_to_the_same(server: Server, fine: Watched, tmp_
     taker.ask("(() => { const s = $.querySelector('#knob-pinned'); s.click(); })()")
     taker.until("location.search.length > 3 && $.querySelector('.run-status').textContent.match(/cache|computed/)")
     taker.page.wait_for_timeout(1000)
-    taker.go(123)
+    taker.go(83)
     taker.menu()
     name, npz = taker.take("All tensors (.npz)")
     assert name == "leanscope-sinks.npz"
@@ -238,7 +239,7 @@ def test_numbers_and_a_link_lead_to_the_same(server: Server, fine: Watched, tmp_
     link = taker.ask("$.querySelector('.take-link').value")
     other = Watched(taker.page.context.new_page())
     there = Taker(other, link, LIVE)
-    assert there.ask("leanscope.step") == 123
+    assert there.ask("leanscope.step") == 83
     values = "[...$.querySelectorAll('.knob input, .knob select, .knob textarea')].map(i => [i.id, i.value, i.checked])"
     assert there.ask(values) == taker.ask(values)
     current = "[...$.querySelectorAll('.dash')].findIndex(dash => dash.hasAttribute('aria-current'))"
