@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from app import answers, opened
+from app import answers, ipynb, opened
 from app.picture import Feed, about, find, packed, plain, track_id
 from app.runs import Run
 from engine.recording import Recording, Track
@@ -69,7 +69,10 @@ def still(lesson: Lesson, name: str, run: Run, prefix: str, limits: Limits = FUL
         "tracks": tracks,
         "tensors": {"list": answers.tensors(recording)[0], "at": tensors.at},
         "cells": _cells(lesson, run, looks, pieces, prefix, limits),
-        "claims": answers.file(lesson.slug, "claims", recording, found)[0],
+        "files": {
+            "claims": answers.file(lesson.slug, "claims", recording, found)[0],
+            "notebook": ipynb.file(lesson, run.knobs)[0],
+        },
     }
     return Still(told, pieces)
 

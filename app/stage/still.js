@@ -141,10 +141,10 @@ function lessonModel(page, shelf, places, query) {
     return message ? tell(message) : notice("That tensor has no values yet at this step.");
   };
 
-  /** The claims, or all tensors that are here. */
+  /** The claims, a notebook, or all tensors that are here. */
   const download = async ({ what }) => {
     const snapshot = snapshots[at];
-    if (what === "claims") return tell(snapshot.claims);
+    if (snapshot.files[what]) return tell(snapshot.files[what]);
     if (what !== "npz") return notice(`This file is made by the engine. ${where}`);
     const tensors = [];
     for (const [key, [home, index]] of Object.entries(snapshot.tensors.at)) tensors.push([key, wholeOf((await shelf.get(home))[index])]);

@@ -200,6 +200,10 @@ def test_the_tensors_come_out_of_a_page_from_disk_as_numpy_has_them(waves: Path,
         assert set(file.files) == set(recording.arrays())
         for key, array in recording.arrays().items():
             np.testing.assert_array_equal(file[key], array)
+    disk.page.locator("#leanscope header").get_by_text("More").click()
+    with disk.page.expect_download() as saved:
+        disk.page.locator("#leanscope header").get_by_text("Open as notebook").click()
+    assert json.loads(Path(saved.value.path()).read_text())["nbformat"] == 4
 
 
 def test_a_link_to_a_place_works_from_disk_and_a_bad_one_says_so(waves: Path, disk: Watched) -> None:
