@@ -20,8 +20,8 @@ export function blit({ pen, matrix, ground }, box, from, to, lines) {
   pen.drawImage(matrix.sheet, box.facet * matrix.columns + sx, sy, sw, sh, ...place);
 }
 
-/** Few, large cells, drawn apart with round corners; the one that the knobs point at is outlined. */
-export function tiles({ pen, matrix, spec, context }, box, lines) {
+/** Few, large cells, drawn apart with round corners, small where `isOut`; the one that the knobs point at is outlined. */
+export function tiles({ pen, matrix, spec, context }, box, lines, isOut) {
   const inset = Math.min(2, box.cw * 0.12);
   const [w, h] = [box.cw - inset, box.ch - inset];
   pen.clearRect(box.x - 1, box.y - 1, box.cw * matrix.columns + 2, box.ch * matrix.rows + 2);
@@ -32,7 +32,9 @@ export function tiles({ pen, matrix, spec, context }, box, lines) {
       if (!pixel) continue;
       pen.fillStyle = css(pixel);
       pen.beginPath();
-      pen.roundRect(box.x + j * box.cw, box.y + i * box.ch, w, h, Math.min(2.5, box.cw / 5));
+      const size = isOut && isOut(i, j) ? 0.45 : 1;
+      const [x, y] = [box.x + j * box.cw + (w * (1 - size)) / 2, box.y + i * box.ch + (h * (1 - size)) / 2];
+      pen.roundRect(x, y, w * size, h * size, Math.min(2.5, box.cw / 5));
       pen.fill();
     }
   }

@@ -47,9 +47,18 @@ export function palette(root) {
     role: (name) => roles[name] || roles.ink,
     ink: (name) => read(`${name}-ink`) || roles[name] || roles.ink,
     scale,
-    /** The same scale, stepped back towards the panel: what is reused rather than computed now. */
     /** Without colour: what a mask leaves out. Its ground is darker than a scale's, so that its edge is seen at once. */
-    closed: () => table("closed", "closed", () => greys(hexToRgb(roles.line), hexToRgb(roles.ink))),
+    closed: (name) =>
+      name === "diverging"
+        ? table("closed", "folded", () => folded(greys(hexToRgb(roles.line), hexToRgb(roles.muted))))
+        : table("closed", "closed", () => greys(hexToRgb(roles.line), hexToRgb(roles.ink))),
+    /** Codes rather than amounts: the colour of the nearest of as many codes. */
+    states: (names) => {
+      const key = `states ${names.join()}`;
+      const colour = (i) => pack(...hexToRgb(roles[names[Math.round((i / 255) * (names.length - 1))]] || roles.ink));
+      return table(key, key, () => Uint32Array.from({ length: 256 }, (_, i) => colour(i)));
+    },
+    /** The same scale, stepped back towards the panel: what is reused rather than computed now. */
     dimmed: (name) => table(name, `dim ${name}`, () => mixed(scale(name), hexToRgb(roles.panel), 0.42)),
   };
 }
@@ -81,6 +90,11 @@ function reversed(table) {
 function mixed(table, [r, g, b], share) {
   const mix = (from, to) => from + (to - from) * share;
   return table.map((c) => pack(mix(c & 255, r), mix((c >> 8) & 255, g), mix((c >> 16) & 255, b)));
+}
+
+/** A scale of size alone, for values on both sides of zero. */
+function folded(table) {
+  return table.map((_, i) => table[Math.round(Math.abs(2 * i - 255))]);
 }
 
 function greys(from, to) {

@@ -34,6 +34,7 @@ export function heatmaps(host, spec, context) {
 
   const label = (axis, i) => {
     const named = axis === spec.rows ? spec.row_labels : axis === spec.columns ? spec.column_labels : "";
+    if (Array.isArray(named)) return named[i] ?? "";
     return named === "tokens" && store.pieces[i] !== undefined ? visible(store.pieces[i]) : "";
   };
 
@@ -42,7 +43,7 @@ export function heatmaps(host, spec, context) {
   /** Lay out again: the width, the extents or the focus changed. */
   const lay = (key) => {
     const width = host.clientWidth;
-    const words = spec.row_labels === "tokens" && matrix.rows <= 72;
+    const words = Array.isArray(spec.row_labels) || (spec.row_labels === "tokens" && matrix.rows <= 72);
     const margin = context.bare ? { left: 1, top: 1 } : { left: words ? 84 : 32, top: 18 };
     const square = matrix.ragged || spec.gaps;
     const tallest = context.height || (focus() === null && matrix.facets > 4 ? 620 : TALLEST);
@@ -58,7 +59,8 @@ export function heatmaps(host, spec, context) {
   const ground = () => (matrix.track.about.low === 0 ? css(colourTables()[1][0]) : context.colours.role("sunk"));
 
   const colourTables = () => {
-    const { scale, dimmed } = context.colours;
+    const { scale, dimmed, states } = context.colours;
+    if (spec.states.length) return [states(spec.state_colours), states(spec.state_colours)];
     return [scale(spec.colours), spec.lit ? dimmed(spec.colours) : scale(spec.colours)];
   };
 
@@ -96,9 +98,9 @@ export function heatmaps(host, spec, context) {
   const repaint = ([from, to], lines, lit) => {
     if (to <= from) return;
     const painted = Math.min(to, lines);
-    if (painted > from) matrix.paint(from, painted, step, ...colourTables(), lit, spec.veil ? context.colours.closed() : null);
+    if (painted > from) matrix.paint(from, painted, step, ...colourTables(), lit, spec.veil ? context.colours.closed(spec.colours) : null);
     for (const box of plan.boxes) {
-      if (spec.gaps) tiles(scene(), box, lines);
+      if (spec.gaps) tiles(scene(), box, lines, spec.veil ? (i, j) => matrix.masked({ i, j }, step) : null);
       else blit(scene(), box, from, to, lines);
     }
   };
@@ -138,7 +140,8 @@ export function heatmaps(host, spec, context) {
       const coded = matrix.track.row(at.r).coded && !matrix.track.exact.has(at.r);
       if (coded) context.exact(matrix.track, at.r);
       const { symbol, unit } = matrix.track.about;
-      const value = `${symbol ? `${symbol} ` : ""}${coded ? "≈" : "="} ${short(matrix.track.value(at.r, at.place))} ${unit || ""}`;
+      const amount = `${symbol ? `${symbol} ` : ""}${coded ? "≈" : "="} ${short(matrix.track.value(at.r, at.place))} ${unit || ""}`;
+      const value = spec.states.length ? spec.states[Math.round(matrix.track.value(at.r, at.place))] ?? "" : amount;
       const place = `${named(spec.rows, cell.i)} · ${named(spec.columns, cell.j)}`;
       const out = matrix.masked(cell, step);
       return [value.trim(), place, ...(matrix.facets > 1 ? [`${spec.facet} ${cell.facet}`] : []), ...(out ? ["left out by the mask"] : [])];
@@ -170,7 +173,7 @@ export function heatmaps(host, spec, context) {
     dispose() {
       wrap.remove();
     },
-    scale: () => (matrix.measure() ? { table: context.colours.scale(spec.colours), bounds: matrix.bounds(), power: spec.power ?? 1 } : null),
+    scale: () => (matrix.measure() ? { table: colourTables()[0], bounds: matrix.bounds(), power: spec.power ?? 1, states: spec.states } : null),
     /** The matrix in focus, as numbers: the newest forty rows. */
     table() {
       if (!matrix.measure()) return { columns: [], rows: [] };
@@ -181,7 +184,7 @@ export function heatmaps(host, spec, context) {
       const rows = [];
       for (let i = from; i < to; i += 1) {
         const values = Array.from({ length: across }, (_, j) => matrix.value({ facet, i, j }, step));
-        rows.push([label(spec.rows, i) || i, ...values.map((v) => (v === null ? "" : short(v)))]);
+        rows.push([label(spec.rows, i) || i, ...values.map((v) => (v === null ? "" : spec.states[Math.round(v)] ?? short(v)))]);
       }
       const head = Array.from({ length: across }, (_, j) => label(spec.columns, j) || j);
       return { columns: [`${spec.rows} \\ ${spec.columns}`, ...head], rows };

@@ -78,8 +78,9 @@ export class Matrix {
     return { places, width: last === columns ? row.width : full };
   }
 
-  /** The bounds of the colour scale: symmetric about zero when it diverges. */
+  /** The bounds of the colour scale: symmetric about zero when it diverges, the first and last code of states. */
   bounds() {
+    if (this.spec.states.length) return [0, this.spec.states.length - 1];
     const [low, high] = this.track.range();
     if (this.spec.colours !== "diverging") return [low, high];
     const most = Math.max(Math.abs(low), Math.abs(high));

@@ -62,12 +62,15 @@ export function createPanel(view, index, hooks) {
   const legend = (scale) => {
     if (!scale) return;
     const track = store.of(view.tensor);
-    const { table: colours, bounds, power } = scale;
+    const { table: colours, bounds, power, states = [] } = scale;
     const stops = [0, 0.25, 0.5, 0.75, 1].map((t) => css(colours[Math.round(255 * t ** power)])).join(", ");
     const bar = make("span", { class: "scale-bar", style: { background: `linear-gradient(90deg, ${stops})` } });
     const name = make("span", { class: "tensor-name" }, track.about.name);
     const meaning = track.about.meaning ? make("span", { class: "tensor-meaning" }, track.about.meaning) : null;
-    fill(foot, name, meaning, make("span", { class: "scale" }, short(bounds[0]), bar, short(bounds[1])));
+    const fills = states.map((_, i) => css(colours[Math.round((255 * i) / Math.max(1, states.length - 1))]));
+    const keys = states.map((state, i) => make("span", { class: "key", style: { "--fill": fills[i] } }, make("span", { class: "key-text" }, state)));
+    if (keys.length) return fill(foot, make("div", { class: "legend" }, keys), name, meaning);
+    return fill(foot, name, meaning, make("span", { class: "scale" }, short(bounds[0]), bar, short(bounds[1])));
   };
 
   const tabulate = (data) => {
