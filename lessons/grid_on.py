@@ -146,7 +146,7 @@ def train_on(
             if done % EVERY == 0 and done < of_all:
                 judge(model, "live", bits=bits)
 
-    stages, warmup = (Stage(steps, **BATCH),), max(1, steps // 10)
+    stages, warmup = (Stage(steps, BATCH["rows"], BATCH["length"]),), max(1, steps // 10)
     train(
         model, Recipe(lambda _: model, name, stages=stages, rate=rate, warmup=warmup, seed=1), progress=progress,
         after=after,
@@ -159,9 +159,9 @@ def longer() -> None:
     for name in ("bitnet", "qat16", *(f"qat{bits}" for bits in LONG)):
         if checkpoints.available(name)[0]:
             found[name] = measure(checkpoints.load(name)[0], Grammar(), **TEXTS)["perplexity"]
-    known = [bits for bits in LONG if f"qat{bits}" in found]
-    tap(BITS, np.array(known or [math.nan], np.float32), "run", of="long")
-    tap(PPL, np.array([found[f"qat{bits}"] for bits in known] or [math.nan], np.float32), "run", of="long")
+    known = {float(bits): found[f"qat{bits}"] for bits in LONG if f"qat{bits}" in found} or {math.nan: math.nan}
+    tap(BITS, np.array(list(known), np.float32), "run", of="long")
+    tap(PPL, np.array(list(known.values()), np.float32), "run", of="long")
     note(longer=found)
 
 
