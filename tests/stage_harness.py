@@ -462,6 +462,7 @@ CLAIMS = [
     ("Dense fails on long text", "T = 320 ≤ 8192 trained", "5641", "17.0", "untestable"),
 ]  # fmt: skip
 
+
 class GridKnobs(Knobs):
     matrix = Matrix(LECTURE, label="Matrix")
     bits = param.Integer(2, bounds=(1, 8), label="Bits")

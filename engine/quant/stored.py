@@ -1,7 +1,7 @@
 """Weights after a stay in a number format: what a model is that was stored in fewer bits and loaded again.
 
-Floats are cast by torch, whose casts are those of formats.py (its tests hold all patterns equal); whole numbers and NF4,
-which know only -1 to 1 or small numbers, store blocks scaled by their largest magnitude (nf4.py).
+Floats are cast by torch, whose casts are those of formats.py (its tests hold all patterns equal); whole numbers and
+NF4, which know only -1 to 1 or small numbers, store blocks scaled by their largest magnitude (nf4.py).
 Shapes: x any -> the same. Errors: ValueError for values that are empty or not finite.
 Deviations: the constant of a block is counted as 16 bits and kept in full; the block is the largest power of two up to
 `BLOCK` that divides the values; what is too large for an 8-bit float becomes its largest finite value.

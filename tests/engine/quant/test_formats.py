@@ -233,8 +233,16 @@ def test_bad_input_is_named():
             call()
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16),
-                                            ("fp8 e4m3fn", torch.float8_e4m3fn), ("fp8 e5m2", torch.float8_e5m2)])  # fmt: skip
+CASTS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8 e4m3fn": torch.float8_e4m3fn,
+    "fp8 e5m2": torch.float8_e5m2,
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASTS.items())
 def test_the_ends_are_torch_s(name, dtype):
     info = torch.finfo(dtype)
     least, normal, largest = ends(FORMATS[name])
