@@ -273,8 +273,8 @@ CLAIMS = (
 BEATS = (
     Beat(
         "Eight small networks, the [[expert]]s, stand in each layer, and a [[router]] sends every token to one. It "
-        "starts by chance. ==Each row|free== is a training step, each column an expert; bright ones are called by many "
-        "tokens.", scene="train", step=0, focus="free",
+        "starts by chance. ==Each row|free== is a training step, each column an expert: the stronger, the more "
+        "tokens call it.", scene="train", step=0, focus="free",
     ),
     Beat(
         "Whoever is called learns, whoever learns is called: the rich get richer. Even would be {even:.1f}% each.",
@@ -283,7 +283,7 @@ BEATS = (
                         unit="%"),
     ),
     Beat(
-        "{busiest_free:.0f}%, and {idle_free} idle: ==bright stripes and dark ones|free==. So a [[balance loss]] is "
+        "{busiest_free:.0f}%, and {idle_free} idle: ==strong stripes and empty ones|free==. So a [[balance loss]] is "
         "added, small but stubborn. ==The same training|fair== with it: the busiest gets {busiest_fair:.0f}%.",
         scene="train", step="balanced", play=True, focus="fair",
     ),
@@ -317,7 +317,8 @@ BEATS = (
 GLOSSARY = {
     "expert": "One of several feed-forward networks in a layer, of which a token meets only a few.",
     "router": "A small matrix that scores the experts for each token; the best are called.",
-    "balance loss": "E Σ f·P: what a router pays for sending many where it likes to send; 1 when even.",
+    "balance loss": "E Σ f·P: what a router pays for sending many where it likes to send; 1 when even, "
+    "but k in libraries that count each of k calls.",
 }
 
 
@@ -327,8 +328,8 @@ WHERE = {"design": knob("design"), "layer": LAYER}
 
 def _river(design: str, title: str) -> Heatmaps:
     return Heatmaps(
-        name=design, title=title, note="brighter: more tokens", span=4, origin="toy", rows="when", columns="expert",
-        tensor=of(RIVER, design=design, layer=LAYER), colours="sequential", power=0.6,
+        name=design, title=title, note="stronger: more tokens", span=4, origin="toy", rows="when", columns="expert",
+        tensor=of(RIVER, design=design, layer=LAYER), colours="heavy", power=0.6,
     )
 
 
@@ -344,7 +345,7 @@ SCENES = (
                     Line("without", of(EVEN, design="free", layer=LAYER), colour="alarm", x=of(AT, design="free")),
                     Line("with", of(EVEN, design="fair", layer=LAYER), colour="recent", x=of(AT, design="fair")),
                 ),
-                x_label="training step", y_label="evenness",
+                x_label="training step", y_label="evenness", height=270,
             ),
             Curves(
                 name="loss", title="Both learn", note="nats", span=12, origin="toy", format=".2f", height=170,
@@ -361,15 +362,15 @@ SCENES = (
         (
             Routes(
                 name="routes", title="Words go to experts", note="the newest sixteen", span=7, tensor=of(SENT, **WHERE),
-                left="word", right="expert", left_labels="tokens", right_colour="hitter", loads=of(CALLED, **WHERE),
+                left="word", right="expert", left_labels="tokens", right_colour="heavy", loads=of(CALLED, **WHERE),
                 loads_label="of the words so far", cell=sent_cell,
             ),
             Heatmaps(
                 name="odds", title="What the router thinks", span=5, tensor=of(ODDS, **WHERE), rows="token",
-                columns="expert", row_labels="tokens", colours="hitter", cell=sent_cell,
+                columns="expert", row_labels="tokens", colours="heavy", cell=sent_cell,
             ),
             Tokens(
-                name="lost", title="Who found a place", note="hatched: dropped", span=9, codes=of(LOST, **WHERE),
+                name="lost", title="Who found a place", note="struck out: dropped", span=9, codes=of(LOST, **WHERE),
                 states=("empty", "kept", "evicted"), fold=False,
             ),
             Numbers(
@@ -384,7 +385,7 @@ SCENES = (
             Bars(
                 name="likes", title="Words that call one expert", note="of all calls of the word", span=5,
                 values=of(LIKES, expert=knob("expert"), **WHERE), labels=of(LIKED, expert=knob("expert"), **WHERE),
-                colour="hitter",
+                colour="heavy",
             ),
             Calculator(
                 name="calculator", title="Work it out for any mixture", span=7,

@@ -11,8 +11,9 @@ import numpy as np
 from engine.evaluate import perplexity, surprisal
 from engine.prune import apply, magnitude, matrices, structured, two_four
 from engine.prune.measure import timed
+from engine.quant.packing import unpack
 from engine.recipes import Recipe, Stage
-from engine.recording import note, record, site, step, tap
+from engine.recording import newest, note, record, site, step, tap
 from engine.toyland import Grammar, batch
 from lessons.models import TOY
 from lessons.sharing import toy
@@ -41,11 +42,15 @@ SCORE = site("pruning.head.score", "how much each head writes, over the most of 
 HEADS = site("pruning.heads", "which heads are left", low=0.0, high=1.0)
 ERROR = site("pruning.head.error", "relative change of the attention’s output, mean over layers",
              symbol="‖full − pruned‖/‖full‖", low=0.0)  # fmt: skip
-MS = site("pruning.milliseconds", "median time of a product", unit="ms")
+MS = site("pruning.milliseconds", "the shortest time that a product took", unit="ms", low=0.0)
 FOUR = site("pruning.four", "the same weight, for its 2:4 pattern", symbol="W")
 CHOSEN = site("pruning.chosen", "the two largest of each four", symbol="m", low=0.0, high=1.0)
+PACKED = site("pruning.packed", "the weights that stay, side by side", symbol="W", grows="output")
+PLACED = site("pruning.placed", "where each of them stood among its four", symbol="2-bit index", grows="output")
 STORED = site("pruning.stored", "bytes of that weight as it is stored", unit="B", low=0.0)
 CURVE = site("pruning.curve", "perplexity while it is trained on", low=0.0)
+TRAINED = site("pruning.trained", "steps of training so far", low=0.0)
+WOKEN = site("pruning.woken", "pruned weights that the last step of training moved off zero", low=0.0)
 KINDS = {"weights": "single weights", "heads": "heads", "neurons": "neurons", "layers": "layers"}
 
 
@@ -129,12 +134,15 @@ def fours(model: Any, ids: Any) -> None:
     weight = matrices(model)["blocks.1.ffn.gate_up.weight"]
     chosen = two_four.mask(weight)[:SIDE, :SIDE].byte().cpu().numpy()
     tap(FOUR, weight[:SIDE, :SIDE], "output input")
+    small = two_four.compress(weight.half())
+    places = unpack(small.places, 2, small.values.shape[1])
     for rows in range(0, SIDE, 4):
         seen = np.ones_like(chosen)
         seen[: rows + 4] = chosen[: rows + 4]
         tap(CHOSEN, seen, "output input")
+        tap(PACKED, small.values[rows : rows + 4, : SIDE // 2].float(), "output kept")
+        tap(PLACED, places[rows : rows + 4, : SIDE // 2].int(), "output kept")
         step()
-    small = two_four.compress(weight.half())
     tap(STORED, weight.numel() * 2, "", of="dense")
     tap(STORED, small.nbytes, "", of="sparse")
     note(fours={
@@ -153,22 +161,27 @@ def retrain(knobs: Any) -> None:
     ids = batch(Grammar(), seed=0, step=0, stream="test", **READ).ids
     masks = magnitude.magnitude(whole, sparsity=knobs.sparsity, scope=knobs.scope)
     before = quality(whole, ids, "toy")
-    tap(CURVE, before, "", of="before")
-    tap(CURVE, before, "", of="held")
-    step(label="whole")
-    cut = quality(apply(whole, masks), ids, "toy")
-    tap(CURVE, cut, "", of="held")
-    tap(CURVE, before, "", of="before")
-    step(label="pruned")
+
+    def tell(of: str, value: float, done: int) -> None:
+        tap(CURVE, value, "", of=of)
+        tap(TRAINED, done, "", of=of)
+
+    for label, held in (("whole", before), ("pruned", quality(apply(whole, masks), ids, "toy"))):
+        tell("before", before, 0)
+        tell("held", held, 0)
+        step(label=label)
 
     def progress(now: Any, done: int, of: int, loss: float) -> None:
-        tap(CURVE, math.exp(loss), "", of="batch")
-        tap(CURVE, before, "", of="before")
+        tell("batch", math.exp(loss), done)
+        tell("before", before, done)
+        if (woken := newest("prune.revived")) is not None:
+            tap(WOKEN, float(woken.reshape(-1)[-1]), "")
         if done % EVERY == 0 or done == of:
-            tap(CURVE, quality(now, ids, "toy"), "", of="held")
+            tell("held", quality(now, ids, "toy"), done)
 
     recipe = Recipe(
         lambda _: whole, "retraining", stages=(Stage(knobs.steps, 16, 64),), rate=RATE,
         warmup=max(1, knobs.steps // 10), seed=1,
     )  # fmt: skip
     magnitude.retrain(whole, masks, recipe, hold=knobs.hold, progress=progress)
+    step(label="retrained")  # a step is told of after it
