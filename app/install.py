@@ -136,6 +136,15 @@ def install_packages(extras: Iterable[str]) -> None:
     stamp.write_text(json.dumps({"key": key, "extras": todo}))
 
 
+def tell_jupyter(venv: Path = VENV) -> None:
+    """Where Jupyter Server looks for what to load: an editable install, unlike a wheel, puts no file there."""
+    target = venv / "etc" / "jupyter" / "jupyter_server_config.d" / "leanscope.json"
+    wanted = (ROOT / "assets" / "jupyter" / "leanscope.json").read_text()
+    if not target.is_file() or target.read_text() != wanted:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(wanted)
+
+
 # --- what is made once and kept in the cache folder ------------------------------------------------------------------
 
 
@@ -171,6 +180,7 @@ def get_redis() -> bool:
 def prepare(target: str) -> bool:
     """Everything that `target` needs. False when something that it can do without is missing, and was said so."""
     install_packages(EXTRAS[target])
+    tell_jupyter()
     if target == "check":
         return True
     whole = [make_fonts(), fetch_model()]

@@ -124,7 +124,7 @@ export function lessonPage({ root, model, places, theme }) {
     if (player.playing) beats.played();
   });
   const transport = createTransport(player, lesson.step_word || "step", { toggle, taken, stop: () => send({ type: "stop" }) });
-  const tabs = createTabs(send, player, lesson.footnote);
+  const tabs = createTabs(send, player, lesson.footnote, places.explore);
   const inbox = createInbox({ scenes, player, beats, transport, tabs, knobs, notices, asks, reel, wanted: () => scene });
   const present = presenting(root, { changed: () => presenter.changed() });
   const presenter = createPresenter({ lesson, root, places, present, beats, player, reel, notices, send, inHand, toggle, redraw: () => themed() });

@@ -51,6 +51,14 @@ def test_pip_is_asked_for_pins_and_extras():
     assert "--quiet" not in command
 
 
+def test_jupyter_is_told_once_what_to_load(tmp_path: Path):
+    for _ in range(2):
+        install.tell_jupyter(tmp_path)
+    (told,) = tmp_path.rglob("*.json")
+    assert told.parent == tmp_path / "etc" / "jupyter" / "jupyter_server_config.d"
+    assert json.loads(told.read_text())["ServerApp"]["jpserver_extensions"] == {"app.jupyter": True}
+
+
 def test_no_network_is_told_in_one_sentence(tmp_path: Path):
     """With pip's own words: it asks a port where nothing listens."""
     command = [sys.executable, "-m", "pip", "--isolated", "download", "--no-deps", "--retries", "1", "--no-cache-dir"]
@@ -139,6 +147,7 @@ def test_a_python_without_the_venv_module(tmp_path: Path, monkeypatch: pytest.Mo
 def test_missing_tests_fail_in_ci_only(monkeypatch: pytest.MonkeyPatch, ci: str, code: int, missing: str):
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(install, "install_packages", lambda extras: None)
+    monkeypatch.setattr(install, "tell_jupyter", lambda: None)
     monkeypatch.setattr(install, "make_fonts", lambda: True)
     monkeypatch.setattr(install, "fetch_model", lambda: True)
     monkeypatch.setattr(install, "get_browser", lambda python: missing != "get_browser")
@@ -170,6 +179,7 @@ def test_without_the_real_model_serving_goes_on(
     fake.chmod(0o755)
     monkeypatch.setattr(install, "BIN", tmp_path)
     monkeypatch.setattr(install, "install_packages", lambda extras: None)
+    monkeypatch.setattr(install, "tell_jupyter", lambda: None)
     monkeypatch.setattr(install, "make_fonts", lambda: True)
     assert install.main(["serve"]) == 0
     assert "goes on without the real model" in capsys.readouterr().out
