@@ -1,5 +1,5 @@
 /** What a room shows: a line under the header, the invitation to put on the wall, and the door on the index. */
-import { make, say } from "./dom.js";
+import { fill, make, say } from "./dom.js";
 import { recallRoom } from "./line.js";
 
 /** A code is read aloud and typed: in two halves. */
@@ -74,7 +74,8 @@ function wordsOf({ there, leads, own }) {
 function createInvitation() {
   const code = make("p", { class: "invite-code" });
   const link = make("a", { class: "invite-link" });
-  const picture = make("img", { class: "invite-qr", alt: "The link as a QR code", width: 280, height: 280 });
+  const picture = make("div", {});
+  let pictured = "";
   const people = make("p", { class: "invite-people", role: "status" });
   const copy = make("button", { type: "button", class: "plain-button" }, "Copy the link");
   copy.addEventListener("click", async () => {
@@ -110,8 +111,9 @@ function createInvitation() {
         link.href = room.link;
         say(link, room.link.replace(/^https?:\/\//, ""));
       }
-      picture.hidden = !room.qr;
-      if (room.qr && picture.getAttribute("src") !== room.qr) picture.src = room.qr;
+      if (room.qr === pictured) return;
+      pictured = room.qr;
+      fill(picture, pictured ? make("img", { class: "invite-qr", src: pictured, alt: "The link as a QR code", width: 280, height: 280 }) : null);
     },
   };
 }
