@@ -76,7 +76,7 @@ def residuals(model: nn.Module, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The residual stream as it enters each block, [tokens, width]: (layer, values), for ids [1, tokens]."""
     seen: list[Tensor] = []
     handles = [
-        block.norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()[0]))  # type: ignore[union-attr]
+        block.norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()[0]))
         for block in model.blocks  # type: ignore[union-attr]
     ]
     try:
