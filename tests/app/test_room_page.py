@@ -205,7 +205,9 @@ def test_a_room_is_sound_for_axe_and_scrolls_no_page_sideways(server: Server, pe
 
     def sound(page: Watched) -> None:
         for theme in ("light", "dark"):
-            page.page.emulate_media(color_scheme=theme)
+            # Colours that fade from one theme to the other would be taken for what they are half-way.
+            page.page.emulate_media(color_scheme=theme, reduced_motion="reduce")
+            page.until(f"{INSIDE}.querySelector('.leanscope').dataset.theme === '{theme}'")
             found = Axe().run(page.page).response["violations"]
             grave = [violation for violation in found if violation["impact"] in ("critical", "serious")]
             assert not [f"{v['id']}: {node['html'][:160]}" for v in grave for node in v["nodes"]]
