@@ -14,7 +14,7 @@ import colorcet
 import holoviews as hv
 import numpy as np
 from bokeh.model import Model
-from bokeh.models import UIElement
+from bokeh.models.ui import UIElement
 from panel.io.notebook import patch_inline_stylesheets
 from panel.viewable import Viewable
 

@@ -24,7 +24,7 @@ def _load_jupyter_server_extension(server: Any) -> None:
             by_token = type(provider) in (IdentityProvider, PasswordIdentityProvider)
             if by_token and self.current_user is None and not getattr(provider, "hashed_password", ""):
                 raise HTTPError(403)
-            await super().get(path)
+            await super().get(path)  # type: ignore[misc]  # tornado: None, or something to wait for
 
     base = server.web_app.settings["base_url"].rstrip("/")
     server.web_app.add_handlers(r".*$", [(rf"{base}/panel-preview/render/(.*)(?<!/ws)", Preview, {})])

@@ -107,11 +107,11 @@ def run(knobs: Turn) -> None:
     for t in range(len(ids)):
         for design, layers in seen.items():
             for layer, found in layers.items():
-                where = {"design": design, "layer": layer}
+                where: dict[str, Any] = {"design": design, "layer": layer}
                 tap(SENT, found["gate"][t : t + 1], "token expert", **where)
                 tap(ODDS, found["odds"][t : t + 1], "token expert", **where)
                 dropped = found["dropped"][: t + 1].any(-1)
-                tap(LOST, (1 + dropped).astype(np.uint8), "slot", **where)
+                tap(LOST, np.asarray(1 + dropped, np.uint8), "slot", **where)
                 tap(DROPS, int(dropped.sum()), "", **where)
                 tap(CALLED, found["chosen"][: t + 1].mean(0).astype(np.float32), "expert", **where)
         step()

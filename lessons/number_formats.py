@@ -365,7 +365,7 @@ def _row(name: str) -> BitRow:
     if isinstance(form, Float):
         counts: tuple[tuple[str, int], ...]
         counts = (("sign", 1), ("exponent", form.exponent_bits), ("mantissa", form.mantissa_bits))
-        more = {"bias": form.bias, "infinite": form.infinite}
+        more: dict[str, Any] = {"bias": form.bias, "infinite": form.infinite}
     else:
         counts, more = ((("place", 4),) if name == "nf4" else (("sign", 1), ("magnitude", form.bits - 1))), {}
     bits, value, off = (of(found, form=name) for found in (STORED, VALUE, OFF))

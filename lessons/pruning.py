@@ -27,7 +27,7 @@ MATRICES = {
 NEURONS = (0.75, 0.5, 0.25)  # shares kept
 READ = {"rows": 16, "length": 128}  # of Toyland, for every perplexity of a toy
 RATE, EVERY = 1e-3, 10  # of retraining; steps between two held-out readings
-PRODUCT = {"out": 1536, "width": 576, "rows": 64, "sparsity": 0.9}  # as a feed-forward layer of SmolLM2
+PRODUCT: dict[str, Any] = {"out": 1536, "width": 576, "rows": 64, "sparsity": 0.9}  # as a feed-forward layer of SmolLM2
 
 WEIGHT = site("pruning.weight", f"the first {SIDE} rows and columns of a weight", symbol="W")
 KEPT = site("pruning.kept", "which of them stay", symbol="m", low=0.0, high=1.0)
@@ -145,10 +145,11 @@ def fours(model: Any, ids: Any) -> None:
         step()
     tap(STORED, weight.numel() * 2, "", of="dense")
     tap(STORED, small.nbytes, "", of="sparse")
+    size = (weight.shape[0], weight.shape[1])
     note(fours={
         "dense": weight.numel() * 2, "sparse": small.nbytes, "shape": list(weight.shape),
-        "products": two_four.multiplications(tuple(weight.shape), rows=1, sparse=False),
-        "fewer": two_four.multiplications(tuple(weight.shape), rows=1, sparse=True),
+        "products": two_four.multiplications(size, rows=1, sparse=False),
+        "fewer": two_four.multiplications(size, rows=1, sparse=True),
         "cuda": two_four.timed_on_cuda(),
     })  # fmt: skip
     quality(apply(model, two_four.masks(model)), ids, "fours")

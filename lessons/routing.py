@@ -77,7 +77,7 @@ def favourite_words(design: str, model: Any) -> None:
             ids = np.zeros(TOP, np.int32)
             for i, word in enumerate(best):
                 shares[i], ids[i] = word.share, words.index(word.word)
-            where = {"design": design, "layer": layer, "expert": expert}
+            where: dict[str, Any] = {"design": design, "layer": layer, "expert": expert}
             tap(LIKES, shares, "word", **where)
             tap(LIKED, ids, "word", **where)
             name_ids(Tokenizer(), ids)
