@@ -235,10 +235,11 @@ def compute(typed: Mapping[str, float]) -> Arithmetic:
 def sent_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithmetic:
     """How a token's gate came about."""
     where = {"design": knobs.design, "layer": knobs.layer}
-    token, expert = at["token"], at["expert"]
+    token = at["token"]
     odds = recording.stack(ODDS, **where)[token].astype(float)
     gate = recording.stack(SENT, **where)[token].astype(float)
     order = [int(e) for e in np.argsort(-odds)]
+    expert = at.get("expert", order[0])  # a word alone asks for the one that it likes best
     asked = order[: max(1, round(recording.meta["used"]))]
     return Arithmetic(
         title=f"token {token}, expert {expert}",
