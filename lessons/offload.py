@@ -29,7 +29,7 @@ TEXTS = {"At the harbour": "harbour", "In the kitchen": "kitchen", "A topic a st
 DISKS = {"this disk": 0.0, "as if 100 MB/s": 100.0, "as if 20 MB/s": 20.0}
 WAYS = {"plain": "when asked for", "ahead": "ahead"}
 HELD, GONE, CAME = 1, 2, 3
-CLEAR = 0.005  # hit rates that differ by less are alike
+CLEAR = 0.02  # hit rates that differ by less are alike
 
 SHELF = site("offload.shelf", "each expert: 0 on disk, 1 in memory, 2 sent back in this step, 3 fetched in this step")
 HITS = site("offload.hits", "requests so far that found their expert in memory", low=0.0)
@@ -40,7 +40,7 @@ SPANS = site("offload.spans", "what happened for one word: lane, kind, expert, b
 NOW = site("offload.now", "the end of this word", unit="µs", low=0.0)
 END = site("offload.end", "the longest word of all", unit="µs", low=0.0)
 SIMULATED = site("offload.simulated", "whether the disk was slowed down: 0 no, 1 yes")
-CODES = site("offload.codes", "each word: 1 all its experts were there, 2 it waited for one at least")
+LATE = site("offload.late", "experts that a word had to wait for", low=0.0)
 SIZES = site("offload.sizes", "experts that a layer keeps")
 CURVE = site("offload.curve", "hit rate at that size, with nothing loaded ahead", low=0.0, high=1.0)
 GUESSED = site("offload.guessed", "the share of experts asked for that were foreseen", low=0.0, high=1.0)
@@ -162,8 +162,7 @@ def _tell(way: str, found: dict[str, Any], t: int, end: int) -> None:
     tap(SPANS, found["spans"][t], "span field", way=way)
     tap(NOW, int(found["spans"][t][:, 4].max()), "", way=way)
     tap(END, int(end), "", way=way)
-    missed = np.diff([0, *(m[1] for m in found["marks"][: t + 1])]) > 0
-    tap(CODES, (1 + missed).astype(np.uint8), "slot", way=way)
+    tap(LATE, misses - (found["marks"][t - 1][1] if t else 0), "", way=way)
     tap(GUESSED, found["counts"].recall if way == "ahead" else 0.0, "", way=way)
 
 
@@ -302,8 +301,8 @@ SCENES = (
                 state_colours=("line", "recent", "kept", "sink"),
             ),
             Tokens(
-                name="text", title="Who had to wait", span=6, note="magenta: waited", codes=of(CODES, **SEEN),
-                states=("empty", "kept", "heavy"), fold=False,
+                name="text", title="Who had to wait", span=6, note="stronger: for more experts", fold=False,
+                value=of(LATE, **SEEN), colours="heavy", value_label="waited for",
             ),
             Numbers(
                 name="figures", title="So far",
