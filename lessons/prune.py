@@ -32,7 +32,7 @@ class Turn(Knobs):
         doc="Among which weights the smallest are looked for.",
     )  # fmt: skip
     sparsity = param.Number(0.7, bounds=(0.1, 0.95), step=0.05, label="Prune before retraining", doc="Of the toy.")
-    steps = param.Integer(60, bounds=(10, 120), step=10, label="Retraining steps", doc="Training with zeros held.")
+    steps = param.Integer(60, bounds=(10, 80), step=10, label="Retraining steps", doc="Training with zeros held.")
     hold = param.Boolean(True, label="Hold zeros", doc="Mask the weights again after each step of the optimiser.")
     seeds = param.Integer(3, bounds=(1, 3), label="Lotteries", doc="How many seeds the lottery is drawn with.")
     matrix: param.Selector = param.Selector(
@@ -256,7 +256,7 @@ BEATS = (
     ),
     Beat(
         "Weights can go by the handful, if they may be anywhere; machines want order. Now break it: turn off **Hold "
-        "zeros**, or prune 95% **each matrix alone** and give it 120 steps.", scene="retrain", step="trained",
+        "zeros**, or prune 95% **each matrix alone** and give it 80 steps.", scene="retrain", step="trained",
         focus="curve",
     ),
 )
