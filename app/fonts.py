@@ -52,6 +52,7 @@ FACES = (
 CHARACTERS = (
     (0x0020, 0x007E),  # ASCII
     (0x00A0, 0x017F),  # Latin-1 and the accented letters of Europe
+    (0x0302, 0x0304),  # marks over letters: rounded, ternary, mean
     (0x0384, 0x03CE),  # Greek
     (0x1D2C, 0x1D6A),  # raised and lowered letters
     (0x2010, 0x205E),  # dashes, quotes, dots

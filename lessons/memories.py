@@ -45,7 +45,7 @@ RECEPTANCE = site("ssm.receptance", "how much of its answer each channel lets th
                   low=0.0, high=1.0)  # fmt: skip
 AVERAGE = site("ssm.average", "the average that each channel carries", symbol="a / b", grows="query")
 DECAY = site("ssm.decay", "the share of its weight that a channel keeps a token later, whatever the token",
-             symbol="e⁻ʷ", low=0.0, high=1.0)  # fmt: skip
+             symbol="exp(−w)", low=0.0, high=1.0)  # fmt: skip
 BACK = site("ssm.back", "how likely each memory gives back a pair, were it asked now", symbol="p(value)", grows="told",
             low=0.0, high=1.0)  # fmt: skip
 KNOWN = site("ssm.known", "pairs that each memory could give back now")

@@ -34,7 +34,7 @@ SHORT = site("reading.short", "what a layer’s window looks at", grows="query",
 LONG = site("reading.long", "the memory of one head after this token", symbol="M")
 TASK = site("reading.task", "the share of attention on each persistent token", grows="query", low=0.0, high=1.0)
 INSIDE = site(
-    "reading.inside", "how surprised the trained memory of each head is", symbol="‖∇ℓ‖", grows="query", low=0.0
+    "reading.inside", "how surprised the trained memory of each head is", symbol="‖dℓ/dM‖", grows="query", low=0.0
 )
 FOUND = site("reading.found", "share of codes found", low=0.0, high=1.0)
 BACK = site("reading.back", "tokens between the code and the question")
@@ -118,7 +118,7 @@ def course_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arit
         title=f"“{pieces[where - 1]} {pieces[where]}” when “{pieces[t]}” is read",
         lines=(
             ("M(k)·v before this word", f"{before:.3f}"),
-            ("surprise of this word ‖∇ℓ‖", f"{float(recording.stack(SURPRISE)[t]):.3f}"),
+            ("surprise of this word ‖dℓ/dM‖", f"{float(recording.stack(SURPRISE)[t]):.3f}"),
             (f"of that, θ = {knobs.rate:g} is a step", f"{knobs.rate * float(recording.stack(SURPRISE)[t]):.3f}"),
             ("how far the matrix moved", f"{float(recording.stack(CHANGE)[t]):.3f}"),
             ("M(k)·v now", f"{now:.3f}"),

@@ -129,14 +129,13 @@ def _rings(q: Any, k: Any, v: Any, knobs: Turn) -> dict[str, Answer]:
         else:
             step(0)  # nothing new to see; a run that nobody watches any more ends here, and with it the processes
 
-    link = knobs.link * 1e6 or None
     answers: dict[str, Answer] = {}
     try:
         for _ in range(ROUNDS):
             for layout in LAYOUTS:
                 answer = ring_attention(
-                    q, k, v, ranks=knobs.ranks, causal=knobs.causal, layout=layout, link=link, overlap=knobs.overlap,
-                    progress=progress,
+                    q, k, v, ranks=knobs.ranks, causal=knobs.causal, layout=layout, link=knobs.link * 1e6 or None,
+                    overlap=knobs.overlap, progress=progress,
                 )  # fmt: skip
                 answers[layout] = min(answer, answers.get(layout, answer), key=lambda a: sum(r.work for r in a.ranks))
     except RankDied as died:

@@ -239,7 +239,7 @@ def _less(recording: Recording) -> Finding:
     less = again < first
     why = "" if less else "With these knobs the memory overshoots: its steps are larger than what it missed."
     return Finding(f"{again / first:.2f} of the first", "agrees" if less else "differs", why,
-                   f"mean ‖∇ℓ‖ {first:.2f} when told first, {again:.2f} when told again")  # fmt: skip
+                   f"mean ‖dℓ/dM‖ {first:.2f} when told first, {again:.2f} when told again")  # fmt: skip
 
 
 def _delta(recording: Recording) -> Finding:
@@ -255,7 +255,7 @@ BEHROUZ = "Behrouz 2024, 2501.00663"
 CLAIMS = (
     Claim("Short, long and task memory stand in for full attention", f"post; {BEHROUZ}",
           "codes found beyond the window, memory on and off", "full attention replaced", _three),
-    Claim("What was seen before surprises less", BEHROUZ, "‖∇ℓ‖ told again / told first", "below 1", _less),
+    Claim("What was seen before surprises less", BEHROUZ, "‖dℓ/dM‖ told again / told first", "below 1", _less),
     Claim("A linear memory without momentum and forgetting is the delta rule", BEHROUZ, "M + 2θ·k(v − M(k))", "equal",
           _delta),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.stage import FOLDER, BundleError, bundle, bundle_file, styles
+from app.stage import FOLDER, BundleError, bundle, bundle_file, script, styles
 from app.stage.maps import text as maps_text
 
 MODULES = sorted(FOLDER.glob("*.js"))
@@ -53,11 +53,12 @@ def test_what_cannot_be_joined_is_refused_with_the_reason(tmp_path, page, other,
         bundle(tmp_path, css="")
 
 
-def test_the_stage_itself_joins_and_holds_every_module():
+def test_the_stage_itself_joins_and_the_pages_hold_every_module():
     text = bundle()
     assert text.rstrip().endswith("export default { render };")
+    held = text + script()  # served, and from files
     for path in MODULES:
-        assert f"// {path.name}\n" in text or path.name == "standin.js", f"{path.name} is used by nobody"
+        assert f"// {path.name}\n" in held or path.name == "standin.js", f"{path.name} is used by nobody"
 
 
 def test_styles_travel_in_the_bundle():
