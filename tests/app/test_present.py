@@ -56,7 +56,8 @@ class Projector:
         return self.ask("[...$.querySelectorAll('.panel-title')].map(title => title.textContent)")
 
     def painted(self) -> str:
-        """What is on the stage: every canvas's pixels, and all words."""
+        """What is on the stage: every canvas's pixels, and all words. A step is drawn in the frame after it."""
+        self.ask("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         canvases = "[...$.querySelectorAll('.stage canvas')].map(canvas => canvas.toDataURL()).join()"
         return self.ask(f"{canvases} + $.querySelector('.stage').innerText")
 
