@@ -41,12 +41,6 @@ class ExplorePage(Page):
 
     explore = param.Dict(default={}, doc="Which lesson this is.")
 
-    session: Explorer | None = None
-
-    def _handle_msg(self, data: Any) -> None:
-        if self.session is not None:
-            self.session.receive(data)
-
 
 class Plots:
     """The four plots, made once; `show` gives them other numbers."""

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import param
@@ -48,8 +48,12 @@ class Address:
         return "../" if self.slug else "./"
 
 
+class Receiver(Protocol):
+    def receive(self, data: Any) -> None: ...
+
+
 class Page(JSComponent):
-    """What both pages share: the stage, and nothing synced back from the browser.
+    """What all pages share: the stage, and nothing synced back from the browser.
 
     `stage` is the address of the stage's module; or its text, where no server gives out files (in a notebook's cell).
     """
@@ -58,10 +62,15 @@ class Page(JSComponent):
     places = param.Dict(default={}, doc="Where other files are.")
 
     __abstract = True
+    session: Receiver | None = None  # who hears what the browser says; the index has nobody
 
     def __init__(self, stage: str, **params: Any) -> None:
         super().__init__(sizing_mode="stretch_width", margin=0, **params)
         self._stage = stage
+
+    def _handle_msg(self, data: Any) -> None:
+        if self.session is not None:
+            self.session.receive(data)
 
     def _render_esm(self, compiled: Any = True, server: bool = False) -> str:  # type: ignore[override]
         return self._stage
@@ -82,10 +91,6 @@ class LessonPage(Page):
     lesson = param.Dict(default={}, doc="What the lesson is; never changes.")
 
     session: Session | None = None
-
-    def _handle_msg(self, data: Any) -> None:
-        if self.session is not None:
-            self.session.receive(data)
 
     def _cleanup(self, root: Model | None = None) -> None:
         super()._cleanup(root)

@@ -161,13 +161,15 @@ def _leave_out(model: Any, ids: list[int], predictors: Mapping[int, Any], habits
     text = checked_ids(ids, model.shape.vocab)[None].to(model.embed.weight.device)
     layers = range(len(model.blocks))
 
-    def read(some: Any) -> tuple[float, Any]:
+    def read(some: Any) -> float:
         with record(keep={}):
-            return perplexity(surprisal(some, text)), some(text)
+            return perplexity(surprisal(some, text))
 
-    whole, dense = read(model)
-    all_kept = {i: by_truth(feed_forward(model, i)) for i in layers}
-    note(off=float((read(contextual(model, neurons=all_kept))[1] - dense).abs().max()))
+    whole = read(model)
+    all_kept = contextual(model, neurons={i: by_truth(feed_forward(model, i)) for i in layers})
+    with record(keep={}):
+        off = float((all_kept(text) - model(text)).abs().max())
+    note(off=off)
     for share in SHARES:
         choosers = {
             "predictor": {i: by_predictor(predictors[i], share=share) for i in layers},
@@ -176,7 +178,7 @@ def _leave_out(model: Any, ids: list[int], predictors: Mapping[int, Any], habits
         }
         tap(SHARE, share, "")
         for way, chosen in choosers.items():
-            tap(PPL, whole if share == 1 else read(contextual(model, neurons=chosen))[0], "", way=way)
+            tap(PPL, whole if share == 1 else read(contextual(model, neurons=chosen)), "", way=way)
         tap(WORK, work(model, neurons=share, rank=RANK), "")
         step(label=f"{share:.0%}")
 

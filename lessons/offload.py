@@ -77,16 +77,16 @@ def run(knobs: Turn) -> None:
     one, mixed = _curves(model, experts)
     note(
         expert_bytes=told["plain"]["bytes"],
-        off=max(float((t["logits"] - plain).abs().max()) for t in told.values()),
+        off=max(float((a - b).abs().max()) for t in told.values() for a, b in zip(t["logits"], plain, strict=True)),
         one=one[knobs.size - 1], mixed=mixed[knobs.size - 1],
         counts={way: vars(t["counts"]) for way, t in told.items()},
         recall=told["ahead"]["counts"].recall,
     )  # fmt: skip
     end = max(spans[:, 4].max() for t in told.values() for spans in t["spans"])
+    tap(SIZES, np.arange(1, experts + 1, dtype=np.float32), "size")
+    tap(CURVE, np.array(one, np.float32), "size", of="one")
+    tap(CURVE, np.array(mixed, np.float32), "size", of="mixed")
     for t in range(len(ids)):
-        tap(SIZES, np.arange(1, experts + 1, dtype=np.float32), "size")
-        tap(CURVE, np.array(one, np.float32), "size", of="one")
-        tap(CURVE, np.array(mixed, np.float32), "size", of="mixed")
         for way, found in told.items():
             _tell(way, found, t, end)
         tap(SIMULATED, int(knobs.disk > 0), "")
@@ -128,11 +128,7 @@ def _decode(model: Any, path: Path, ids: Sequence[int], knobs: Turn, *, ahead: i
         table[:, 3:] -= table[:, 3].min()
         spans.append(table.astype(np.int32))
     return {"held": held, "spans": spans, "marks": marks, "counts": shelf.counts, "bytes": shelf.expert_bytes,
-            "logits": _stacked(rows)}  # fmt: skip
-
-
-def _stacked(rows: Sequence[Any]) -> Any:
-    return rows[0].new_tensor([row.tolist() for row in rows])
+            "logits": rows}  # fmt: skip
 
 
 def _curves(model: Any, experts: int) -> tuple[list[float], list[float]]:
@@ -164,10 +160,6 @@ def _tell(way: str, found: dict[str, Any], t: int, end: int) -> None:
     tap(END, int(end), "", way=way)
     tap(LATE, misses - (found["marks"][t - 1][1] if t else 0), "", way=way)
     tap(GUESSED, found["counts"].recall if way == "ahead" else 0.0, "", way=way)
-
-
-def _rate(recording: Recording, way: str) -> float:
-    return Counts(**recording.meta["counts"][way]).hit_rate
 
 
 def facts(recording: Recording) -> dict[str, Any]:

@@ -52,8 +52,7 @@ def grown(design: str, route: Router, *, balance: float, steps: int, shared: int
             if load is not None:
                 share = load / max(1.0, load.sum())
                 tap(RIVER, share[None].astype(np.float32), "when expert", layer=layer)
-                told = -float((share[share > 0] * np.log(share[share > 0])).sum()) / float(np.log(COUNT))
-                tap(EVEN, told, "", layer=layer)
+                tap(EVEN, float(evenness(now.embed.weight.new_tensor(load))), "", layer=layer)
         return found
 
     recipe = Recipe(lambda _: model, design, stages=(Stage(steps, ROWS, LENGTH),), rate=RATE, warmup=20,

@@ -20,6 +20,7 @@ from engine.quant.formats import (
     rounded,
 )
 from engine.quant.nf4 import from_blocks, storage_bits, to_blocks
+from engine.quant.stored import CASTS
 from engine.recording import record
 
 TORCH = {
@@ -231,15 +232,6 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(ValueError, match=words):
             call()
-
-
-CASTS = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8 e4m3fn": torch.float8_e4m3fn,
-    "fp8 e5m2": torch.float8_e5m2,
-}
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASTS.items())
