@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ RATE = site("offload.rate", "the share of requests that found their expert in me
 WAITED = site("offload.waited", "time so far that computing stood still", unit="ms", low=0.0)
 SPANS = site("offload.spans", "what happened for one word: lane, kind, expert, begin and end in microseconds")
 NOW = site("offload.now", "the end of this word", unit="µs", low=0.0)
-END = site("offload.end", "the longest word of all", unit="µs", low=0.0)
+END = site("offload.end", "the longest word so far", unit="µs", low=0.0)
 SIMULATED = site("offload.simulated", "whether the disk was slowed down: 0 no, 1 yes")
 LATE = site("offload.late", "experts that a word had to wait for", low=0.0)
 SIZES = site("offload.sizes", "experts that a layer keeps")
@@ -69,28 +71,32 @@ def run(knobs: Turn) -> None:
     read_aloud(tokenizer.pieces(ids))
     with record(keep={}):
         plain = model(checked_ids(ids, model.shape.vocab)[None])[0]
-    with tempfile.TemporaryDirectory(prefix="leanscope-experts-") as folder:
+    tap(SIZES, np.arange(1, experts + 1, dtype=np.float32), "size")
+    with tempfile.TemporaryDirectory(prefix="leanscope-experts-") as folder, ExitStack() as open_files:
         path = Path(folder) / "experts.safetensors"
         store_experts(model, path)
         note(file=path.stat().st_size)
-        told = {way: _decode(model, path, ids, knobs, ahead=knobs.ahead * (way == "ahead")) for way in WAYS}
-    one, mixed = _curves(model, experts)
-    note(
-        expert_bytes=told["plain"]["bytes"],
-        off=max(float((a - b).abs().max()) for t in told.values() for a, b in zip(t["logits"], plain, strict=True)),
-        one=one[knobs.size - 1], mixed=mixed[knobs.size - 1],
-        counts={way: vars(t["counts"]) for way, t in told.items()},
-        recall=told["ahead"]["counts"].recall,
-    )  # fmt: skip
-    end = max(spans[:, 4].max() for t in told.values() for spans in t["spans"])
-    tap(SIZES, np.arange(1, experts + 1, dtype=np.float32), "size")
-    tap(CURVE, np.array(one, np.float32), "size", of="one")
-    tap(CURVE, np.array(mixed, np.float32), "size", of="mixed")
-    for t in range(len(ids)):
-        for way, found in told.items():
-            _tell(way, found, t, end)
-        tap(SIMULATED, int(knobs.disk > 0), "")
-        step()
+        readers = {way: Reader(open_files, model, path, knobs, ahead=knobs.ahead * (way == "ahead")) for way in WAYS}
+        longest, off = 0, 0.0
+        for t, token in enumerate(ids):
+            words = {way: reader.read(token) for way, reader in readers.items()}
+            longest = max(longest, *(int(word.spans[:, 4].max()) for word in words.values()))
+            off = max(off, *(float((word.logits - plain[t]).abs().max()) for word in words.values()))
+            for way, word in words.items():
+                _tell(way, word, longest)
+            tap(SIMULATED, int(knobs.disk > 0), "")
+            step()
+            if t == 0:  # after the first picture: they take longer than a word
+                one, mixed = _curves(model, experts)
+                tap(CURVE, np.array(one, np.float32), "size", of="one")
+                tap(CURVE, np.array(mixed, np.float32), "size", of="mixed")
+                note(one=one[knobs.size - 1], mixed=mixed[knobs.size - 1])
+            note(
+                off=off,
+                counts={way: vars(reader.shelf.counts).copy() for way, reader in readers.items()},
+                recall=readers["ahead"].shelf.counts.recall,
+                expert_bytes=readers["plain"].shelf.expert_bytes,
+            )
 
 
 def _text(knobs: Turn, tokenizer: Tokenizer) -> list[int]:
@@ -100,35 +106,57 @@ def _text(knobs: Turn, tokenizer: Tokenizer) -> list[int]:
     return list(topic_text(topic, tokens=knobs.tokens)[0].tolist())
 
 
-def _decode(model: Any, path: Path, ids: Sequence[int], knobs: Turn, *, ahead: int) -> dict[str, Any]:
-    """Read a text word by word with most experts on disk: what was held, what happened when, and the logits."""
-    rows, spans, marks = [], [], []
-    bandwidth = knobs.disk * 1e6 or None
-    with (
-        record(keep={"offload.resident": {}}) as seen,
-        Offload(model, path, size=knobs.size, ahead=ahead, bandwidth=bandwidth) as shelf,
-    ):
-        cache = Full()
-        for token in ids:
-            rows.append(shelf.model(checked_ids([token], model.shape.vocab)[None], cache=cache)[0, -1])
-            marks.append((shelf.counts.hits, shelf.counts.misses, shelf.counts.waited))
-            step()
-    recording = seen.freeze()
-    held = np.stack([recording.stack("offload.resident", layer=i) for i in range(len(model.blocks))], 1)  # T L E
+@dataclass(frozen=True)
+class Word:
+    """What happened for one word, and what stands after it."""
+
+    held: np.ndarray  # [layer, expert]: 1 in memory
+    before: np.ndarray  # the same, a word ago
+    spans: np.ndarray  # [span, field]: lane, kind, expert, begin and end in microseconds
+    hits: int  # so far
+    misses: int
+    late: int  # misses of this word
+    waited: float  # seconds so far
+    recall: float  # so far
+    logits: Any  # [vocab]
+
+
+class Reader:
+    """Reads a text word by word with most experts on disk."""
+
+    def __init__(self, open_files: ExitStack, model: Any, path: Path, knobs: Turn, *, ahead: int) -> None:
+        bandwidth = knobs.disk * 1e6 or None
+        self.shelf = open_files.enter_context(Offload(model, path, size=knobs.size, ahead=ahead, bandwidth=bandwidth))
+        self.cache = Full()
+        self.held = np.zeros((len(model.blocks), len(model.blocks[0].ffn.experts)), np.float32)
+
+    def read(self, token: int) -> Word:
+        shelf, vocab = self.shelf, self.shelf.model.shape.vocab
+        misses = shelf.counts.misses
+        with record(keep={"offload.resident": {}}) as seen:
+            logits = shelf.model(checked_ids([token], vocab)[None], cache=self.cache)[0, -1]
+        recording, before = seen.freeze(), self.held
+        self.held = np.stack([recording.track("offload.resident", layer=i).latest() for i in range(len(before))])
+        counts = shelf.counts
+        return Word(
+            self.held, before, _spans(recording), counts.hits, counts.misses, counts.misses - misses, counts.waited,
+            counts.recall, logits,
+        )  # fmt: skip
+
+
+def _spans(recording: Recording) -> np.ndarray:
+    """The intervals of one word, from its events."""
     kinds = {"offload.expert": 0, "offload.others": 0, "offload.load": 1}
-    happened: list[list[tuple[int, ...]]] = [[] for _ in ids]
+    happened = []
     for e in recording.events:
-        if e.name in kinds and e.step < len(ids):
+        if e.name in kinds:
             f = e.fields
             kind = 2 if f.get("why") in ("ahead", "wasted") else kinds[e.name]
             begin = round(1e6 * f["start"])
-            happened[e.step].append((f["layer"], kind, max(0, f["expert"]), begin, begin + round(1e6 * f["seconds"])))
-    for word in happened:
-        table = np.array(word or [(0, 0, 0, 0, 0)], np.int64)
-        table[:, 3:] -= table[:, 3].min()
-        spans.append(table.astype(np.int32))
-    return {"held": held, "spans": spans, "marks": marks, "counts": shelf.counts, "bytes": shelf.expert_bytes,
-            "logits": rows}  # fmt: skip
+            happened.append((f["layer"], kind, max(0, f["expert"]), begin, begin + round(1e6 * f["seconds"])))
+    table = np.array(happened or [(0, 0, 0, 0, 0)], np.int64)
+    table[:, 3:] -= table[:, 3].min()
+    return table.astype(np.int32)
 
 
 def _curves(model: Any, experts: int) -> tuple[list[float], list[float]]:
@@ -144,22 +172,20 @@ def _curves(model: Any, experts: int) -> tuple[list[float], list[float]]:
     )
 
 
-def _tell(way: str, found: dict[str, Any], t: int, end: int) -> None:
-    """What stands after word `t`."""
-    held = found["held"][t]
-    before = found["held"][t - 1] if t else np.zeros_like(held)
-    shelf = np.where(held > 0, np.where(before > 0, HELD, CAME), np.where(before > 0, GONE, 0))
-    hits, misses, waited = found["marks"][t]
+def _tell(way: str, word: Word, longest: int) -> None:
+    """What stands after a word."""
+    held, before = word.held > 0, word.before > 0
+    shelf = np.where(held, np.where(before, HELD, CAME), np.where(before, GONE, 0))
     tap(SHELF, shelf.astype(np.int32), "layer expert", way=way)
-    tap(HITS, hits, "", way=way)
-    tap(MISSES, misses, "", way=way)
-    tap(RATE, hits / max(1, hits + misses), "", way=way)
-    tap(WAITED, 1e3 * waited, "", way=way)
-    tap(SPANS, found["spans"][t], "span field", way=way)
-    tap(NOW, int(found["spans"][t][:, 4].max()), "", way=way)
-    tap(END, int(end), "", way=way)
-    tap(LATE, misses - (found["marks"][t - 1][1] if t else 0), "", way=way)
-    tap(GUESSED, found["counts"].recall if way == "ahead" else 0.0, "", way=way)
+    tap(HITS, word.hits, "", way=way)
+    tap(MISSES, word.misses, "", way=way)
+    tap(RATE, word.hits / max(1, word.hits + word.misses), "", way=way)
+    tap(WAITED, 1e3 * word.waited, "", way=way)
+    tap(SPANS, word.spans, "span field", way=way)
+    tap(NOW, int(word.spans[:, 4].max()), "", way=way)
+    tap(END, longest, "", way=way)
+    tap(LATE, word.late, "", way=way)
+    tap(GUESSED, word.recall if way == "ahead" else 0.0, "", way=way)
 
 
 def facts(recording: Recording) -> dict[str, Any]:
@@ -257,7 +283,8 @@ BEATS = (
     ),
     Beat(
         "Do texts on one subject stay with their experts? {stay}. ==Hit rates|sizes== are {one:.1f}% in one topic, "
-        "{mixed:.1f}% where the topic keeps changing. With more room, more is found.", scene="sizes", focus="sizes",
+        "{mixed:.1f}% where the topic keeps changing. With more room, more is found.", scene="sizes", step="last",
+        focus="sizes",
     ),
     Beat(
         "Whatever is kept, the words stay the same. Break it: keep **one** expert of a layer where every word asks for "
