@@ -1,8 +1,9 @@
 """The zoo: every toy that ships, by name, each made as the others are but for what its name says.
 
 All toys of the main list have as many parameters as `toy`, within 5%: the feed-forward is made wider or narrower until
-they do (the experts and the supernet alone are larger). They read the same texts, in the same order. The recall series
-is a series of smaller models that read nothing but lists of pairs, so that their memory is all that counts.
+they do (the experts and the supernet alone are larger, and `little` is smaller). They read the same texts, in the same
+order. The recall series is a series of smaller models that read nothing but lists of pairs, so that their memory is all
+that counts.
 """
 
 from __future__ import annotations
@@ -140,6 +141,9 @@ def _main() -> dict[str, Recipe]:
             toy(mixer=each(MemoryAsGate, window=WINDOW)), f"a window of {WINDOW} and a memory that learns while reading"
         ),
         "relu": Recipe(toy(activation="relu"), "softmax attention, and neurons that fall silent (ReLU)"),
+        "little": Recipe(
+            toy(like=SMALL, parameters=None, layers=1), "one narrow layer: a small model that guesses for the toy"
+        ),
         "bitnet": Recipe(lambda seed: bitnet(toy()(seed)), "weights -1, 0 and 1 from the start (BitNet b1.58)"),  # type: ignore[arg-type,return-value]
         "experts": Recipe(experts(SWITCH, balance=0.01), "eight experts, one for each token, kept in balance (Switch)"),
         "experts-free": Recipe(experts(SWITCH, balance=0.0), "eight experts, one for each token, no balance loss"),
