@@ -195,7 +195,7 @@ def ship(name: str, model: Decoder, *, seconds: float, folder: Path = ZOO) -> di
     }
     manifest = folder / "manifest.json"
     entries = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-    entries[name] = entry
+    entries = dict(sorted({**entries, name: entry}.items()))
     for path, text in (
         (manifest, json.dumps(entries, indent=1, sort_keys=True) + "\n"),
         (folder / "README.md", card(entries)),
