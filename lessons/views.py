@@ -450,6 +450,27 @@ class Rulers(View):
 
 
 @dataclass(frozen=True)
+class Saying:
+    """One row of Sayings: a model, its words, and figures beside them."""
+
+    label: str
+    ids: Of  # token ids, one after the other
+    figures: tuple[Number, ...] = ()
+    detail: str = ""
+    colour: str = "ink"
+
+
+@dataclass(frozen=True)
+class Sayings(View):
+    """What several models say, one below the other, word by word. The first is the measure: where another says
+    something else, that word is set off."""
+
+    kind: ClassVar[str] = "sayings"
+    sayings: tuple[Saying, ...]
+    prompt: Of | None = None  # token ids [token] that all of them go on from
+
+
+@dataclass(frozen=True)
 class Field:
     """One entry of a Calculator."""
 

@@ -18,6 +18,7 @@ import { plane } from "./plane.js";
 import { ringOfDevices } from "./ring.js";
 import { routes } from "./routes.js";
 import { rulers } from "./rulers.js";
+import { sayings } from "./sayings.js";
 import { slots } from "./slots.js";
 import { stack } from "./stack.js";
 import { stretches } from "./stretches.js";
@@ -27,7 +28,7 @@ import { tokens } from "./tokens.js";
 import { Store } from "./track.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers, sayings };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */

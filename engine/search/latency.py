@@ -14,7 +14,7 @@ Deviations: whole subnets are timed, not single operators, so the sum also holds
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -63,21 +63,34 @@ def fit(subnets: Sequence[Subnet], ms: Sequence[float]) -> Predictor:
     return Predictor(*nearest)
 
 
-@torch.no_grad()
 def timings(model: Decoder, subnets: Sequence[Subnet], ids: Tensor, *, repeats: int = 7) -> list[float]:
     """The fewest milliseconds of `repeats` that each subnet, extracted, needs to read ids [B, T].
 
-    Whatever else the machine does only adds time, so the shortest tells most about the subnet. Subnets take turns, so
-    that a machine that slows down for a while slows down all of them. One round warms up.
+    Whatever else the machine does only adds time, so the shortest tells most about the subnet.
+    """
+    return [min(ms) for ms in zip(*laps(model, subnets, ids, repeats=repeats), strict=True)]
+
+
+def laps(model: Decoder, subnets: Sequence[Subnet], ids: Tensor, *, repeats: int) -> Iterator[list[float]]:
+    """The milliseconds of each subnet, extracted, lap by lap: for who looks on while they are timed.
+
+    Subnets take turns, so that a machine that slows down for a while slows down all of them. One lap before warms up.
     """
     if repeats < 1 or not subnets:
         raise ValueError(f"repeats must be 1 or more and subnets not empty, not {repeats} and {len(subnets)}")
     models = [extract(model, subnet).eval() for subnet in subnets]
     where = model.embed.weight.device
     ids = ids.to(where)
-    works = {str(i): functools.partial(made, ids) for i, made in enumerate(models)}
-    seconds = in_turns(works, rounds=repeats, where=where)
-    return [1000 * min(taken) for taken in seconds.values()]
+    works = {str(i): functools.partial(_read, made, ids) for i, made in enumerate(models)}
+    return (
+        [1000 * taken for (taken,) in in_turns(works, rounds=1, where=where, warm_up=int(lap == 0)).values()]
+        for lap in range(repeats)
+    )
+
+
+@torch.no_grad()
+def _read(model: Decoder, ids: Tensor) -> None:
+    model(ids)
 
 
 def compare(predictor: Predictor, subnets: Sequence[Subnet], ms: Sequence[float]) -> float:
