@@ -55,7 +55,7 @@ export function guessCard(predict, { answer, guesses, index }) {
 
 /** How a question's options and its measured answer read. */
 export function predictWords(predict) {
-  const whole = predict.options.every(Number.isInteger) && !predict.format.includes("%");
+  const whole = predict.options.every((option) => Number.isInteger(option) && option < 1e9) && !predict.format.includes("%");
   return {
     option: (option) => format(option, whole ? ",d" : predict.format),
     value: (value) => `${format(value, predict.format)}${predict.unit ? ` ${predict.unit}` : ""}`,
