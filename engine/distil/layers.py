@@ -140,17 +140,23 @@ def cka(x: Tensor, y: Tensor) -> float:
         raise ValueError(
             f"x and y must be [N, width] with two tokens at least, not {list(x.shape)} and {list(y.shape)}"
         )
-    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
-    common = float((x.mT @ y).square().sum())
-    own = float((x.mT @ x).norm() * (y.mT @ y).norm())
-    return common / own if own else 0.0
+    return float((_alike(x) * _alike(y)).sum())
+
+
+def _alike(x: Tensor) -> Tensor:
+    """How alike each two of N tokens are in x [N, width]: the Gram matrix of what is centred, of length 1; 0 where all
+    are the same."""
+    x = x.double() - x.double().mean(0)
+    gram = x @ x.mT  # N N
+    length = float(gram.norm())
+    return gram / length if length else gram
 
 
 @torch.no_grad()
 def alignment(student: Trace, teacher: Trace, **index: int | str) -> Tensor:
     """CKA of every hidden state of the student with every one of the teacher: [m, n], tapped."""
-    rows = [[cka(a.flatten(0, 1), b.flatten(0, 1)) for b in teacher.hidden] for a in student.hidden]
-    return tap(ALIGNMENT, torch.tensor(rows), "student teacher", **index)
+    own, other = (torch.stack([_alike(h.flatten(0, 1)) for h in t.hidden]) for t in (student, teacher))  # layer N N
+    return tap(ALIGNMENT, (own.flatten(1) @ other.flatten(1).mT).float(), "student teacher", **index)
 
 
 def _check_map(student: Trace, teacher: Trace, g: Sequence[int]) -> None:

@@ -79,13 +79,16 @@ def gradient_at_infinity(student: Tensor, teacher: Tensor) -> Tensor:
     return (difference - difference.mean(-1, keepdim=True)) / student.numel()
 
 
-def soften(logits: Tensor, *, temperatures: Sequence[float], top: int = 12, **index: int | str) -> Tensor:
-    """One position's distribution [V] at each temperature, the `top` likeliest words: tapped and returned [T, top]."""
+def soften(
+    logits: Tensor, *, temperatures: Sequence[float], top: int = 12, words: Tensor | None = None, **index: int | str
+) -> Tensor:
+    """One position's distribution [V] at each temperature, of `words` (the `top` likeliest if none are given): tapped
+    and returned [T, top]."""
     if logits.dim() != 1 or not 1 <= top <= len(logits):
         raise ValueError(f"logits must have shape [V] with top={top} words at least, not {list(logits.shape)}")
     if not temperatures:
         raise ValueError("temperatures must hold one at least, not none")
-    words = logits.topk(top).indices
+    words = logits.topk(top).indices if words is None else words
     whole = torch.stack([soft(logits.double(), temperature=t) for t in temperatures])  # T V
     tap(WORDS, words, "word", **index)
     tap(ENTROPY, -(whole * whole.clamp(min=1e-300).log()).sum(-1), "temperature", **index)

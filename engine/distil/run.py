@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +79,22 @@ def saving(teacher: Shape, student: Shape, *, context: int) -> dict[str, float]:
 
 Texts = Callable[[int, int], Batch]
 """The real texts of (seed, step)."""
+Teach = Callable[[Tensor], layers.Trace]
+"""What the teacher makes of ids [B, T]."""
+Write = Callable[[int], Tensor]
+"""The texts that the teacher writes for a seed: ids [corpus, T]."""
+Students = dict[tuple[str, int], "Student"]
 
 
-def toyland(plan: Plan, grammar: Grammar | None = None) -> Texts:
-    """Endless stories."""
-    told = grammar or Grammar()
-    return lambda seed, at: batch(told, seed=seed, step=at, rows=plan.rows, length=plan.length, stream="distil")
+def toyland(plan: Plan, grammar: Grammar | None = None, *, texts: int = 0) -> Texts:
+    """Stories without end; or `texts` of them (rounded up to whole batches) again and again."""
+    told, batches = grammar or Grammar(), -(-texts // plan.rows)
+
+    def tell(seed: int, at: int) -> Batch:
+        place = at % batches if batches else at
+        return batch(told, seed=seed, step=place, rows=plan.rows, length=plan.length, stream="distil")
+
+    return tell
 
 
 class Student:
@@ -94,8 +103,6 @@ class Student:
     def __init__(self, way: str, teacher: Decoder, shape: Shape, plan: Plan, *, seed: int) -> None:
         if way not in WAYS:
             raise ValueError(f"way must be one of {', '.join(WAYS)}, not {way!r}")
-        if shape.vocab != teacher.shape.vocab:
-            raise ValueError(f"shape must have the teacher's vocabulary of {teacher.shape.vocab}, not {shape.vocab}")
         self.way, self.plan, self.seed = way, plan, seed
         device, dtype = teacher.embed.weight.device, teacher.embed.weight.dtype
         self.model = mimetic(Decoder(shape, seed=seed), seed=seed).to(device, dtype).train()
@@ -149,36 +156,47 @@ def distil(
     ways: Sequence[str] = WAYS,
     texts: Texts | None = None,
     unseen: Batch | None = None,
+    teach: Teach | None = None,
+    write: Write | None = None,
+    look: Callable[[Students, int], None] | None = None,
+    stride: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[tuple[str, int], Student]:
-    """Train a student for each way and seed, side by side; their surprisal on `unseen` is tapped every few steps."""
+) -> Students:
+    """Train a student for each way and seed, side by side; their surprisal on `unseen` is tapped every few steps, and
+    `look` is called with the students and the steps done. A step of the recording is `stride` steps of training.
+
+    `teach` and `write` stand for a teacher that speaks within fewer words than it knows; its students' vocabulary is
+    then that of the traces.
+    """
+    if teach is None and shape.vocab != teacher.shape.vocab:
+        raise ValueError(f"shape must have the teacher's vocabulary of {teacher.shape.vocab}, not {shape.vocab}")
+    if stride < 1:
+        raise ValueError(f"stride must be a number of steps above 0, not {stride}")
     texts = texts or toyland(plan)
     device = teacher.embed.weight.device
     test = unseen or batch(Grammar(), seed=0, step=0, rows=plan.unseen_rows, length=plan.length, stream="test")
-    test_ids = test.ids.to(device)
+    ids = test.ids.to(device)
+    teach = teach or (lambda read: layers.trace(teacher, read))
+    write = write or (lambda seed: _written(teacher, ids[0, :1], plan, seed))
     students = {(way, seed): Student(way, teacher, shape, plan, seed=seed) for seed in plan.seeds for way in ways}
-    written: dict[int, Tensor] = {}
-    if "synthetic" in ways:
-        start = test_ids[0, :1]
-        for seed in plan.seeds:
-            written[seed] = synthetic.write(teacher, start, rows=plan.corpus, length=plan.length, seed=seed).ids
+    written = {seed: write(seed).to(device) for seed in plan.seeds if "synthetic" in ways}
     with torch.inference_mode(False), torch.enable_grad():
         for at in range(plan.steps):
+            if at % plan.look == 0:
+                _show(students, teach, ids, at, look)
             for seed in plan.seeds:
-                ids = texts(seed, at).ids.to(device)
+                real = texts(seed, at).ids.to(device) if set(ways) != {"synthetic"} else None
                 taught = None
-                if {"soft", "layers"} & set(ways):
+                if real is not None and {"soft", "layers"} & set(ways):
                     with torch.no_grad():
-                        taught = layers.trace(teacher, ids[:, :-1])
+                        taught = teach(real[:, :-1])
                 for way in ways:
-                    own = ids
-                    if way == "synthetic":
-                        places = (torch.arange(plan.rows) + at * plan.rows) % plan.corpus
-                        own = written[seed][places.to(device)]
+                    own = _rows(written[seed], plan, at) if way == "synthetic" or real is None else real
                     students[way, seed].learn(own, taught, rate=plan.rate * (1 - at / plan.steps))
-            if at % plan.look == 0 or at + 1 == plan.steps:
-                _show(students, teacher, test_ids)
-            step()
+            if at + 1 == plan.steps:
+                _show(students, teach, ids, plan.steps, look)
+            if (at + 1) % stride == 0 or at + 1 == plan.steps:
+                step()
             if progress is not None:
                 progress(at + 1, plan.steps)
     for student in students.values():
@@ -186,32 +204,62 @@ def distil(
     return students
 
 
+def _written(teacher: Decoder, start: Tensor, plan: Plan, seed: int) -> Tensor:
+    return synthetic.write(teacher, start, rows=plan.corpus, length=plan.length, seed=seed).ids
+
+
+def _rows(corpus: Tensor, plan: Plan, at: int) -> Tensor:
+    """The rows of a corpus that are read at a step, over and over."""
+    return corpus[((torch.arange(plan.rows) + at * plan.rows) % len(corpus)).to(corpus.device)]
+
+
 def over(
-    teacher: Decoder, shape: Shape, plan: Plan, *, alphas: Sequence[float], temperatures: Sequence[float]
+    teacher: Decoder,
+    shape: Shape,
+    plan: Plan,
+    *,
+    alphas: Sequence[float],
+    temperatures: Sequence[float],
+    texts: Texts | None = None,
+    unseen: Batch | None = None,
+    teach: Teach | None = None,
 ) -> Tensor:
     """The surprisal of unseen texts after training with soft labels, for each α and T: [alpha, temperature], the mean
-    over the plan's seeds; tapped."""
+    over the plan's seeds; tapped as it falls, a cell after the other, NaN where none has been trained yet. A step of
+    the recording is `plan.look` steps. Where α is 0 no temperature matters: one training is the whole row."""
     if not alphas or not temperatures:
         raise ValueError("alphas and temperatures must hold a value each at least")
-    test = batch(Grammar(), seed=0, step=0, rows=plan.unseen_rows, length=plan.length, stream="test")
-    rows = torch.zeros(len(alphas), len(temperatures))
-    for (i, alpha), (j, temperature) in product(enumerate(alphas), enumerate(temperatures)):
-        tried = replace(plan, alpha=alpha, temperature=temperature)
-        students = distil(teacher, shape, tried, ways=("soft",), unseen=test)
-        device = teacher.embed.weight.device
-        nats = [surprisal(s.model, test.ids.to(device)) for s in students.values()]
-        rows[i, j] = sum(nats) / len(nats)
-    return tap(MAP, rows, "alpha temperature")
+    test = unseen or batch(Grammar(), seed=0, step=0, rows=plan.unseen_rows, length=plan.length, stream="test")
+    ids = test.ids.to(teacher.embed.weight.device)
+    rows = torch.full((len(alphas), len(temperatures)), torch.nan)
+    for i, alpha in enumerate(alphas):
+        for j, temperature in enumerate(temperatures):
+            if alpha == 0 and j > 0:
+                continue
+            cells = slice(None) if alpha == 0 else slice(j, j + 1)
+
+            def look(students: Students, at: int, i: int = i, cells: slice = cells) -> None:
+                nats = [surprisal(s.model, ids) for s in students.values()]
+                rows[i, cells] = sum(nats) / len(nats)
+                tap(MAP, rows.clone(), "alpha temperature")
+
+            distil(
+                teacher, shape, replace(plan, alpha=alpha, temperature=temperature), ways=("soft",), texts=texts,
+                unseen=test, teach=teach, look=look, stride=plan.look,
+            )  # fmt: skip
+    return rows
 
 
-def _show(students: dict[tuple[str, int], Student], teacher: Decoder, ids: Tensor) -> None:
+def _show(students: Students, teach: Teach, ids: Tensor, at: int, look: Callable[[Students, int], None] | None) -> None:
     for (way, seed), student in students.items():
         if recording_on(UNSEEN, way=way, seed=seed):
             tap(UNSEEN, surprisal(student.model, ids), "", way=way, seed=seed)
     first = min(seed for _, seed in students)  # one seed's alignment is enough to look at
     if recording_on(layers.ALIGNMENT):
         with torch.no_grad():
-            taught = layers.trace(teacher, ids[:4])
+            taught = teach(ids[:4, :-1])
             for (way, seed), student in students.items():
                 if seed == first:
-                    layers.alignment(layers.trace(student.model, ids[:4]), taught, way=way)
+                    layers.alignment(layers.trace(student.model, ids[:4, :-1]), taught, way=way)
+    if look is not None:
+        look(students, at)
