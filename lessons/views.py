@@ -150,6 +150,7 @@ class Line:
     colour: str = "ink"
     dashed: bool = False
     x: Of | None = None  # where each point stands; its step or position by default
+    band: tuple[Of, ...] = ()  # the lowest and the highest of what it is the mean of: shaded
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,12 @@ export function curves(host, spec, context) {
       return (store.newest(line.tensor, step) || []).map((y, i) => ({ x: xs ? xs[i] : i, y, at: -1 }));
     }
     const xs = line.x ? store.of(line.x) : null;
+    const band = (line.band || []).map((end) => store.of(end));
     const all = [];
     for (let r = 0; r < track.count; r += 1) {
       const at = track.at[r];
-      if (at >= spec.start) all.push({ x: xs && r < xs.count ? xs.scalar(r) : at, y: track.scalar(r), at });
+      const ends = band.map((end) => (end && r < end.count ? end.scalar(r) : NaN));
+      if (at >= spec.start) all.push({ x: xs && r < xs.count ? xs.scalar(r) : at, y: track.scalar(r), at, ends });
     }
     return all;
   };
@@ -51,7 +53,7 @@ export function curves(host, spec, context) {
     const xs = every.map((p) => p.x);
     const ahead = spec.across || lines.some((l) => l.line.x) ? 0 : store.ahead;
     const x = scaleOf(edge(Math.min, xs), edge(Math.max, xs) + ahead, margin.left, width - margin.right, spec.log_x);
-    const ys = every.map((p) => p.y);
+    const ys = every.flatMap((p) => [p.y, ...(p.ends || [])]).filter((y) => Number.isFinite(y) && (!spec.log || y > 0));
     const y = scaleOf(spec.low ?? edge(Math.min, ys), spec.high ?? edge(Math.max, ys), height - margin.bottom, margin.top, spec.log, true);
     for (const [layer, alpha] of [[firm, 1], [faint, 0.28]]) {
       const pen = sized(layer, width, height);
@@ -153,7 +155,9 @@ export function curves(host, spec, context) {
     plot.lines
       .map(({ line, points: list }) => ({ line, point: spec.across ? nearest(list, at) : newest(list, at) }))
       .filter(({ point }) => point)
-      .map(({ line, point }) => ({ label: line.label, x: point.x, text: format(point.y, spec.format) }));
+      .map(({ line, point }) => ({ label: line.label, x: point.x, text: format(point.y, spec.format) + spread(point) }));
+
+  const spread = ({ ends = [] }) => (ends.length && ends.every(Number.isFinite) ? ` (${ends.map((end) => format(end, spec.format)).join(" to ")})` : "");
 
   const describe = () => {
     const ends = ({ line, points: list }) => `${line.label}: ${format(list[0].y, spec.format)} to ${format(list[list.length - 1].y, spec.format)}`;
@@ -202,6 +206,7 @@ function nearest(list, x) {
 }
 
 function trace(pen, list, x, y, line, colours) {
+  shade(pen, list, x, y, colours.role(line.colour));
   pen.strokeStyle = colours.role(line.colour);
   pen.lineWidth = 1.75;
   pen.lineJoin = "round";
@@ -210,4 +215,18 @@ function trace(pen, list, x, y, line, colours) {
   list.forEach((point, i) => (i ? pen.lineTo(x(point.x), y(point.y)) : pen.moveTo(x(point.x), y(point.y))));
   pen.stroke();
   pen.setLineDash([]);
+}
+
+/** The band around a line, from the lowest to the highest of what it is the mean of. */
+function shade(pen, list, x, y, colour) {
+  const held = list.filter(({ ends }) => ends && ends.length > 1 && ends.every(Number.isFinite));
+  if (held.length < 2) return;
+  const alpha = pen.globalAlpha;
+  pen.globalAlpha = 0.2 * alpha;
+  pen.fillStyle = colour;
+  pen.beginPath();
+  held.forEach((point, i) => (i ? pen.lineTo(x(point.x), y(point.ends[1])) : pen.moveTo(x(point.x), y(point.ends[1]))));
+  for (const point of [...held].reverse()) pen.lineTo(x(point.x), y(point.ends[0]));
+  pen.fill();
+  pen.globalAlpha = alpha;
 }
