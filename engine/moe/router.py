@@ -3,7 +3,7 @@ r"""Routers: from a token's logits over the experts to which of them it calls, a
 Switch (arXiv:2101.03961), section 2.1 and 2.2: the best expert alone, times its probability; capacity and the balance
 loss. GShard (arXiv:2006.16668), section 2.2: two experts, first choices placed before second ones. Mixtral
 (arXiv:2401.04088), section 2.1: softmax over the logits of the chosen k. Expert choice (arXiv:2202.09368), section 3.2:
-each expert takes the tokens that want it most. ST-MoE (arXiv:2202.08906), section 3.2: the router z-loss.
+each expert takes the tokens that want it most. ST-MoE (arXiv:2202.08906): the router z-loss.
 Paper -> here: p(x) = probabilities; E or N experts = E, T tokens = N (the batch's, flattened); f_i, P_i of Switch =
 the shares in `balance_loss`; expert capacity C = places; capacity factor = capacity.
 

@@ -1,6 +1,6 @@
 r"""Quantisation-aware training: round the weights going forward, and let the gradient pass as if nothing happened.
 
-Jacob et al. (arXiv:1712.05877), section 3; the straight-through gradient: Bengio et al. (arXiv:1308.3432), section 2.3;
+Jacob et al. (arXiv:1712.05877), section 3; the straight-through gradient: Bengio et al. (arXiv:1308.3432);
 learned scales: LSQ, Esser et al. (arXiv:1902.08153), equations 1 to 3 and section 2.2.
 Paper -> here: v = x; s = scale; -Q_N, Q_P = grid.low, grid.high; v̂ = what `fake_quantise` gives.
 

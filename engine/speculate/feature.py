@@ -1,6 +1,6 @@
 """A draft that reads the target's mind: one block beside it, fed with the last thing that the target thought.
 
-EAGLE (arXiv:2401.15077), section 4. Paper -> here: f_t, the feature of the target's last layer at token t = its normed
+EAGLE (arXiv:2401.15077). Paper -> here: f_t, the feature of the target's last layer at token t = its normed
 hidden row; e_t+1, the embedding of the token after it = the target's own, frozen; the FC layer = `join`; the one
 decoder layer = `block`; the frozen LM head = the target's rows of `words`. From f_t and e_t+1 it foretells f_t+1, and
 so the law of token t+2; its own f is the next one's input, until the target tells the true ones.
