@@ -1,7 +1,7 @@
 """How the draft of SmolLM2 is made: the target writes texts after our own prompts, and the draft learns to foretell it.
 
-EAGLE (arXiv:2401.15077), the training of its draft. Paper -> here: L_cls, the cross-entropy of the two laws = `divergence` (less the
-target's own entropy); L_reg, smooth L1 between the features = `feature`, weighted by FEATURE.
+EAGLE (arXiv:2401.15077), the training of its draft. Paper -> here: L_cls, the cross-entropy of the two laws =
+`divergence` (less the target's own entropy); L_reg, smooth L1 between the features = `feature`, weighted by FEATURE.
 
 Deviations: the training set is written by the target itself, so that it has its law and nobody's licence; half of the
 features that the draft reads are its own guesses, as when it drafts (HASS, arXiv:2408.15766), instead of noise.
