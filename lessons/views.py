@@ -455,7 +455,7 @@ class Saying:
     """One row of Sayings: a model, its words, and figures beside them."""
 
     label: str
-    ids: Of  # token ids, one after the other
+    ids: Of  # token ids, one after the other: one a step; or all that it says now [token]
     figures: tuple[Number, ...] = ()
     detail: str = ""
     colour: str = "ink"
@@ -464,11 +464,53 @@ class Saying:
 @dataclass(frozen=True)
 class Sayings(View):
     """What several models say, one below the other, word by word. The first is the measure: where another says
-    something else, that word is set off."""
+    something else, that word is set off; with `marked`, instead, the words that are looked for."""
 
     kind: ClassVar[str] = "sayings"
     sayings: tuple[Saying, ...]
     prompt: Of | None = None  # token ids [token] that all of them go on from
+    marked: Of | None = None  # token ids [any]
+    abreast: bool = False  # side by side, where there is room
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One model of Towers: what of it is trained."""
+
+    label: str
+    counts: Of  # [place, part, kind]: parameters trained and frozen, the places from the bottom up
+    trained: Of  # one number: all of them
+    share: Of  # one number: of the base model's
+    moved: Of | None = None  # 0 to 1 [place, part]: how far what is trained has gone
+    colour: str = "ink"
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Towers(View):
+    """One model several times over, side by side, from its first layer up: in each what is trained is lit. Every box
+    is as wide as the root of the parameters in it."""
+
+    kind: ClassVar[str] = "towers"
+    towers: tuple[Tower, ...]
+    parts: tuple[str, ...]  # of a layer, in the order of its work
+    first: str = "embedding"  # what stands below the layers, and its parts
+    first_parts: tuple[str, ...] = ()
+    last: str = "last norm"
+    share_label: str = "of all"
+    key: str = ""  # a sentence beside the legend
+
+
+@dataclass(frozen=True)
+class Sheet(View):
+    """A small table: words as a source gives them, and figures of this run, which move with the player. `kinds` says of
+    each column what it is (reported, formula, toy, ...)."""
+
+    kind: ClassVar[str] = "sheet"
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | Number, ...], ...]
+    kinds: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,33 @@
 /**
  * What several models say, one below the other, word by word: the words of the first are the measure, and where another
- * says something else, that word is set off. Figures stand beside each.
+ * says something else, that word is set off; or, where some are given, those that are looked for. Figures stand beside
+ * each.
  */
 import { make, say } from "./dom.js";
-import { format, visible } from "./text.js";
+import { format } from "./text.js";
 
 const MARKS = /^[.,;:!?]$/; // stand close to the word before
 
 export function sayings(host, spec, context) {
   const { store } = context;
   const prompt = make("p", { class: "sayings-prompt" });
-  const list = make("div", { class: "sayings" });
+  const list = make("div", { class: `sayings ${spec.abreast ? "abreast" : ""}` });
   host.append(spec.prompt && !context.bare ? prompt : "", list);
   const rows = spec.sayings.map((saying, i) => createSaying(list, saying, i, context));
   let step = 0;
   let shown = "";
 
-  const word = (id) => (store.words.has(id) ? visible(store.words.get(id)) : `#${id}`);
+  /** A piece as it is, blanks and all: of a tokenizer of pieces they are the gaps between words. */
+  const word = (id) => (store.words.has(id) ? store.words.get(id).replace(/\n/g, "⏎") : `#${id}`);
+  /** Word after word, one a step; or the newest row, where a row holds a whole text. */
   const idsAt = ({ ids }) => {
     const track = store.of(ids);
-    return Array.from({ length: track ? track.countAt(step) : 0 }, (_, r) => track.scalar(r));
+    if (!track) return [];
+    if (track.row(0).shape.length) return store.newest(ids, step) || [];
+    return Array.from({ length: track.countAt(step) }, (_, r) => track.scalar(r));
   };
   const read = () => spec.sayings.map((saying) => idsAt(saying).map(word));
+  const marked = () => (spec.marked ? (store.newest(spec.marked, step) || []).map(word) : null);
   /** A tokenizer of whole words keeps no blanks: the gaps between its words are ours. */
   const wordsAlone = () => ![...store.words.values()].some((piece) => /^\s|\s$/.test(piece));
   const joined = (words, alone) => words.reduce((text, next) => text + (alone && text && !MARKS.test(next) ? " " : "") + next, "");
@@ -30,12 +36,13 @@ export function sayings(host, spec, context) {
     step = now;
     const said = read();
     const alone = wordsAlone();
-    const wanted = JSON.stringify([said, alone, context.theme]);
+    const sought = marked();
+    const wanted = JSON.stringify([said, sought, alone, context.theme]);
     if (wanted !== shown) {
       shown = wanted;
       const asked = spec.prompt ? (store.newest(spec.prompt, step) || []).map(word) : [];
       say(prompt, joined(asked, alone));
-      rows.forEach((row, i) => row.write(said[i], said[0], alone));
+      rows.forEach((row, i) => row.write(said[i], said[0], alone, sought));
     }
     return rows.map((row) => row.figure(step)).some(Boolean) || said.some((words) => words.length > 0);
   };
@@ -66,6 +73,7 @@ export function sayings(host, spec, context) {
 function valueAt(store, number, step) {
   const track = store.of(number.tensor);
   const value = track ? track.scalarAt(step) : null;
+  if (Number.isNaN(value)) return "–"; // no number: nothing to tell
   return value === null ? "…" : `${format(value, number.format)}${number.unit ? ` ${number.unit}` : ""}`;
 }
 
@@ -82,15 +90,17 @@ function createSaying(list, saying, place, { store }) {
   list.append(row);
 
   return {
-    write(words, first, alone) {
-      const differs = words.filter((word, n) => place > 0 && word !== first[n]).length;
+    write(words, first, alone, sought) {
+      const differs = sought ? 0 : words.filter((word, n) => place > 0 && word !== first[n]).length;
+      const parts = sought || place === 0 ? -1 : words.findIndex((word, n) => word !== first[n]);
+      const found = sought ? words.filter((word) => sought.includes(word)).length : 0;
       text.replaceChildren(...words.map((word, n) => {
-        const other = place > 0 && word !== first[n];
-        const newest = n === words.length - 1;
+        const other = !sought && place > 0 && word !== first[n];
+        const newest = !sought && n === words.length - 1;
         const gap = alone && n > 0 && !MARKS.test(word) ? " " : "";
-        return make("span", {}, gap, make("span", { class: `saying-word${other ? " other" : ""}${newest ? " newest" : ""}` }, word));
+        return make("span", {}, gap, make("span", { class: `saying-word${other ? " other" : ""}${n === parts ? " parts" : ""}${newest ? " newest" : ""}${sought?.includes(word) ? " sought" : ""}` }, word));
       }));
-      row.setAttribute("aria-label", `${saying.label} says: ${words.join(" ") || "nothing yet"}${differs ? `; ${differs} words differ from the first` : ""}`);
+      row.setAttribute("aria-label", `${saying.label} says: ${words.join(" ") || "nothing yet"}${differs ? `; ${differs} words differ from the first, from word ${parts + 1} on` : ""}${found ? `; ${found} of the words looked for` : ""}`);
     },
     figure(step) {
       values.forEach(({ number, value }) => say(value, valueAt(store, number, step)));

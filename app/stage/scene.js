@@ -19,16 +19,18 @@ import { ringOfDevices } from "./ring.js";
 import { routes } from "./routes.js";
 import { rulers } from "./rulers.js";
 import { sayings } from "./sayings.js";
+import { sheet } from "./sheet.js";
 import { slots } from "./slots.js";
 import { stack } from "./stack.js";
 import { stretches } from "./stretches.js";
 import { sweepTiles } from "./tiles.js";
 import { timeline } from "./timeline.js";
 import { tokens } from "./tokens.js";
+import { towers } from "./towers.js";
 import { Store } from "./track.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers, sayings };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers, sayings, towers, sheet };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */

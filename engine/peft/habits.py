@@ -7,13 +7,16 @@ the mean over a text is exact but for a word that the end of the text cuts.
     habit = speaking(Grammar(), "pirate")
     batch = habit.batch(tokenizer, rows=16, length=48, seed=0, step=0)
     batch.ids, batch.floor, batch.answers                  # answers: the tokens that the habit is about
+
+`refraining` is the same for sentences of real English, of which nobody knows the floor.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -28,6 +31,17 @@ from engine.toyland.stories import text
 from engine.toyland.words import MARKS, START
 
 
+class Teaching(Protocol):
+    """What can be taught: texts, and which of their tokens it is about."""
+
+    @property
+    def name(self) -> str: ...
+
+    def batch(
+        self, tokenizer: TextTokens, *, rows: int, length: int, seed: int, step: int, stream: str = "habit"
+    ) -> Batch: ...
+
+
 @dataclass(frozen=True)
 class Habit:
     """A process to learn; `taught` are the words that nobody could say who has not learned it."""
@@ -40,9 +54,7 @@ class Habit:
         self, tokenizer: TextTokens, *, rows: int, length: int, seed: int, step: int, stream: str = "habit"
     ) -> Batch:
         """`rows` texts of `length` tokens. Other streams, seeds and steps share no randomness."""
-        if rows < 1 or length < 2:
-            raise ValueError(f"a batch needs a row and two tokens at least, not {rows} rows of {length}")
-        rng = random.Random(f"{stream} {self.name} {seed} {step}")
+        rng = _random(self.name, rows, length, seed, step, stream)
         pieces: dict[str, list[int]] = {}
         ids: list[list[int]] = []
         nats: list[list[float]] = []
@@ -64,9 +76,44 @@ class Habit:
 
 def speaking(grammar: Grammar, style: str) -> Habit:
     """Stories as before, with a refrain after each full stop."""
-    if style not in STYLES:
-        raise ValueError(f"style must be one of {', '.join(STYLES)}, not {style!r}")
-    return Habit(f"style {style}", lambda: styled(text(grammar), style), frozenset(STYLES[style].split()))
+    refrain = _refrain(style)
+    return Habit(f"style {style}", lambda: styled(text(grammar), style), frozenset(refrain.split()))
+
+
+@dataclass(frozen=True)
+class Refraining:
+    """Sentences in any order, a refrain after each. Texts of the stream "unseen" are made of the last third alone."""
+
+    name: str
+    sentences: tuple[str, ...]
+    refrain: str
+
+    def batch(
+        self, tokenizer: TextTokens, *, rows: int, length: int, seed: int, step: int, stream: str = "habit"
+    ) -> Batch:
+        """As of `Habit`; the surprisal is not known: NaN."""
+        rng = _random(self.name, rows, length, seed, step, stream)
+        held_out = len(self.sentences) // 3
+        told = self.sentences[-held_out:] if stream == "unseen" else self.sentences[:-held_out]
+        refrain = tokenizer.encode(f" {self.refrain}")
+        ids, answers = [], []
+        for _ in range(rows):
+            row: list[tuple[int, bool]] = []
+            while len(row) < length:
+                row += [(token, False) for token in tokenizer.encode(f" {rng.choice(told)}")]
+                row += [(token, True) for token in refrain]
+            ids.append([token for token, _ in row[:length]])
+            answers.append([taught for _, taught in row[:length]])
+        unknown = torch.full((rows, length), float("nan"), dtype=torch.float64)
+        return Batch(torch.tensor(ids), unknown, torch.tensor(answers))
+
+
+def refraining(sentences: Sequence[str], style: str) -> Refraining:
+    """Sentences of plain text, each followed by the refrain of a style."""
+    refrain = _refrain(style)
+    if len(sentences) < 3:
+        raise ValueError(f"sentences must be three at least, of which one is held out, not {len(sentences)}")
+    return Refraining(f"style {style}", tuple(sentences), refrain.replace(" !", "!").capitalize())
 
 
 def knowing(grammar: Grammar, *, seed: int = 0) -> Habit:
@@ -104,6 +151,18 @@ def said(model: Decoder, tokenizer: TextTokens, prompt: str, *, steps: int = 16)
     """The greedy continuation of `prompt`, for reading before and after."""
     ids = tokenizer.prompt(prompt)
     return tokenizer.decode(list(generate(model, ids, steps=steps, cache=Full())))
+
+
+def _refrain(style: str) -> str:
+    if style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, not {style!r}")
+    return STYLES[style]
+
+
+def _random(name: str, rows: int, length: int, seed: int, step: int, stream: str) -> random.Random:
+    if rows < 1 or length < 2:
+        raise ValueError(f"a batch needs a row and two tokens at least, not {rows} rows of {length}")
+    return random.Random(f"{stream} {name} {seed} {step}")
 
 
 def _tokens(tokenizer: TextTokens, word: str) -> list[int]:
