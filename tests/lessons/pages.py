@@ -21,6 +21,8 @@ QUICK = {
     "experts": {"steps": 20},
     "contextual": {"tokens": 16},
     "offload": {"tokens": 8},
+    "distil": {"steps": 20, "seeds": 1},
+    "build": {"heads": "all", "cache": "full", "cache_bits": 16, "tokens": 96, "words": 8},
 }
 
 

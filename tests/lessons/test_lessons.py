@@ -22,7 +22,7 @@ from lessons.knobs import check
 from lessons.lesson import PARTS
 from lessons.models import REAL, TOY
 from tests.app.still import check as plays_as_files
-from tests.lessons.pages import QUICK
+from tests.lessons.pages import QUICK, REFUSED
 
 SLUGS = list(all_lessons())
 VERDICTS = {"agrees", "differs", "untestable"}
@@ -32,7 +32,8 @@ LINES = 450  # of a lesson's file, formatted
 def ends(lesson, *, low):
     """All bounded knobs at one end; texts and choices at their defaults."""
     knobs = lesson.knobs.param.objects("existing")
-    return {n: p.bounds[0 if low else 1] for n, p in knobs.items() if isinstance(p, param.Number)}
+    refused = REFUSED.get(lesson.slug, set()) if low else set()
+    return {n: p.bounds[0 if low else 1] for n, p in knobs.items() if isinstance(p, param.Number) and n not in refused}
 
 
 def cases():
