@@ -23,7 +23,9 @@ QUICK = {
     "offload": {"tokens": 8},
     "distil": {"steps": 20, "seeds": 1},
     "build": {"heads": "all", "cache": "full", "cache_bits": 16, "tokens": 96, "words": 8},
+    "search": {"population": 6, "generations": 2},
 }
+REFUSED = {"search": {"budget", "memory"}}  # knobs whose low end no run can meet: their lesson says so, and its tests
 
 
 def address(server: Server, slug: str, *, beat: int = 0, step: int = 0, **values: object) -> str:
