@@ -5,7 +5,7 @@ and a description of each track), then `rows` messages that append rows to track
 at once when the run is cached. The same messages, saved, are a static page.
 
     picture   run, scene, views [plain dicts; a tensor is {"track": id}, a knob {"knob": name}], tracks {id: about},
-              steps, model
+              steps, model, knobs {name: value}: those of the run
     rows      run, track, start (number of the first row), at (int32 [rows]: the step at which each appeared),
               shape (of one row), data, lo, hi, widths
     pieces    run, start, at, pieces: the text's tokens as they read (events "text.token")
@@ -152,6 +152,7 @@ class Feed:
                     "tracks": {name: about(*place) for name, place in found.items()},
                     "steps": steps or recording.steps,
                     "model": recording.meta.get("model", {}),
+                    "knobs": knobs.values(),
                 }
             )
         for name, (track, picks) in found.items():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.caches import Cache
 from engine.caches.full import Full
 from engine.evaluate import Question, Speaks
 from engine.model import Decoder
@@ -28,7 +29,9 @@ def asked_now(model: Decoder, cache: Full, ids: Tensor | Sequence[Sequence[int]]
 
 
 @torch.inference_mode()
-def asked_together(model: Decoder, tokenizer: Speaks, questions: Sequence[Question]) -> list[bool]:
+def asked_together(
+    model: Decoder, tokenizer: Speaks, questions: Sequence[Question], *, cache: Cache | None = None
+) -> list[bool]:
     """Which questions the model answers right, all in one pass: what `engine.evaluate.ask` finds for each, sooner.
     Their prompts must be of one length, and so must their answers."""
     prompts = [tokenizer.prompt(q.prompt) for q in questions]
@@ -37,5 +40,5 @@ def asked_together(model: Decoder, tokenizer: Speaks, questions: Sequence[Questi
     if len(lengths) != 1 or not all(map(min, lengths)):
         raise ValueError(f"questions must have prompts and answers of one length each, not {sorted(lengths)} tokens")
     ids = torch.tensor([p + w[:-1] for p, w in zip(prompts, wanted, strict=True)], device=model.embed.weight.device)
-    said = model.logits(model.hidden(ids)[:, -len(wanted[0]) :]).argmax(-1)  # N answer
+    said = model.logits(model.hidden(ids, cache=cache)[:, -len(wanted[0]) :]).argmax(-1)  # N answer
     return (said == torch.tensor(wanted, device=said.device)).all(1).tolist()

@@ -190,7 +190,7 @@ class Facing(View):
     kind: ClassVar[str] = "facing"
     left: Of  # [row]
     right: Of  # [row]
-    labels: tuple[str, ...]
+    labels: Of | tuple[str, ...]  # token ids (read as text) or fixed words
     left_label: str
     right_label: str
     unit: str = ""
@@ -511,6 +511,78 @@ class Sheet(View):
     rows: tuple[tuple[str | Number, ...], ...]
     kinds: tuple[str, ...] = ()
     source: str = ""
+
+
+@dataclass(frozen=True)
+class Tree(View):
+    """Guesses that hang on a text as a tree, a column for each place: grown, checked, pruned. Marks tell by shape and
+    colour what became of each; the position ids stand below, and who sees whom in the one pass beside it."""
+
+    kind: ClassVar[str] = "tree"
+    tensor: Of  # [node]: token ids, read as text; node 0 is the last word of the text
+    parents: Of  # whole numbers [node]: the node that each comes after; -1 for node 0
+    states: Of  # [node]: 0 still to come, 1 text, 2 guessed, 3 accepted, 4 rejected, 5 never looked at, 6 the target's
+    # word instead of a rejected one, 7 the target's word after them all
+    positions: Of  # whole numbers [node]: the place in the text
+    p: Of | None = None  # [node]: the target's probability of each guess, and the drafter's
+    q: Of | None = None
+    mask: Of | None = None  # [row, key]: 1 where a node of the check sees another
+    cell: Cell | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a Ledger. `detail` may name knobs in braces, which are filled in as the run had them."""
+
+    label: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a Ledger. `origin` where it is not measured; `more`: the longer the bar, the better."""
+
+    label: str
+    format: str = ".3s"
+    unit: str = ""
+    more: bool = False
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Ledger(View):
+    """What each step of a stack brought: every row stands on those above it, every figure has a bar against the first
+    row's. The figures of the column `budgeted` may rise by `allowed` percent: beside them stands how much of that each
+    row has eaten. The last row says how many times better the last step is than the first row."""
+
+    kind: ClassVar[str] = "ledger"
+    tensor: Of  # [row, column], not a number where it was not measured (yet)
+    used: Of  # [row]: not 0 where the step belongs to this stack
+    entries: tuple[Entry, ...]
+    columns: tuple[Column, ...]
+    budgeted: int
+    allowed: knob | float = 10.0
+
+
+@dataclass(frozen=True)
+class Tries(View):
+    """All runs of a lesson in this browser as points of a plane, lower left is better, and the front of those that none
+    beats in both. The browser keeps each with its knobs: a click turns them to it, a link opens it elsewhere. Tries of
+    other models, or with other values of the knobs `apart`, are kept but not compared."""
+
+    kind: ClassVar[str] = "tries"
+    x: Of  # [row]: the way of this run, from the first to the last; not a number where nothing stands
+    y: Of  # [row]
+    done: Of  # one number, there once the run's try is whole
+    x_label: str
+    y_label: str
+    x_format: str = ".3s"
+    format: str = ".2f"
+    words: str = ""  # of a try, knobs in braces
+    figures: tuple[Number, ...] = ()  # more that is kept of a try
+    apart: tuple[str, ...] = ()
+    allowed: knob | float | None = None  # percent by which y may rise
+    height: int = 290
 
 
 @dataclass(frozen=True)

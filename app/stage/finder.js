@@ -32,7 +32,7 @@ export function createFinder(lesson, snapshots) {
     });
     const found = [...ids].filter((id) => snapshot.tracks[id]);
     const tracks = Object.fromEntries(found.map((id) => [id, snapshot.tracks[id].about]));
-    return { picture: { type: "picture", run: snapshot.run.run, scene, views: filled, tracks, steps, model }, ids: found, lost: [...ids].some((id) => id.includes("?") || snapshot.tracks[id] === null) };
+    return { picture: { type: "picture", run: snapshot.run.run, scene, views: filled, tracks, steps, model, knobs: snapshot.values }, ids: found, lost: [...ids].some((id) => id.includes("?") || snapshot.tracks[id] === null) };
   };
 
   const missingAt = (name, values) => ({ name, label: specOf(name).label, text: shown(name, values[name]) });

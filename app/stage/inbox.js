@@ -17,6 +17,7 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
     newest = id;
     clearTimeout(forget);
     forget = setTimeout(() => beats.facts({}), STALE);
+    knobs.content();
     tabs.renew();
   };
 
@@ -61,7 +62,7 @@ export function createInbox({ scenes, player, beats, transport, tabs, knobs, not
       renew(message.run);
       run = message;
       transport.run(message);
-      if (message.message && ["failed", "stopped"].includes(message.state)) notices.add(message.message, "warning");
+      if (message.message && ["failed", "stopped"].includes(message.state) && !knobs.complain({ text: message.message, failed: true })) notices.add(message.message, "warning");
       grow();
     },
     facts(message) {

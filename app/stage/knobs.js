@@ -9,6 +9,7 @@ import { format } from "./text.js";
  */
 export function createKnobs(specs, values, { send, turned }) {
   const fields = new Map();
+  const blamed = new Set(); // knobs for which a run failed
   const tell = throttled(() => send({ ...values }), 70);
   const element = make("div", { class: "knobs", role: "group", "aria-label": "Turn" });
 
@@ -60,11 +61,17 @@ export function createKnobs(specs, values, { send, turned }) {
         if (count) fields.get(spec.name)?.end?.(Math.min(spec.high, count - 1), values[spec.name]);
       }
     },
+    /** Another run began: what the last one found wrong with a knob stands no more. */
+    content() {
+      blamed.forEach((name) => complain(name, ""));
+      blamed.clear();
+    },
     /** Show a server's complaint at its field; false when it is about no field here. */
     complain(message) {
       const spec = specs.find((s) => s.name === message.knob) || specs.find((s) => message.text.startsWith(`${s.label} `));
       if (!spec || !fields.has(spec.name)) return false;
       complain(spec.name, message.text);
+      if (message.failed) blamed.add(spec.name);
       return true;
     },
   };

@@ -36,6 +36,7 @@ export function lessonPage({ root, model, places, theme }) {
     }
   };
   const values = { ...Object.fromEntries(lesson.knobs.map((spec) => [spec.name, spec.default])), ...(start.knobs || {}) };
+  const defaults = Object.fromEntries(lesson.knobs.map((spec) => [spec.name, spec.default]));
   const player = new Player();
   const tip = createTip(root);
   const notices = createNotices();
@@ -54,6 +55,13 @@ export function lessonPage({ root, model, places, theme }) {
     theme: `${root.dataset.theme} 0`,
     bare: false,
     turn: (name, value) => knobs.set(name, value),
+    /** Turn many knobs at once, as to a try of before. */
+    turnTo(given) {
+      knobs.setAll(given);
+      models?.show(values.model);
+      player.redraw();
+    },
+    lesson: { slug: lesson.slug, defaults, href: places.embedded ? null : linkTo },
     edit: (name, row, column) => knobs.edit(name, row, column),
     announce: (text) => say(spoken, text),
     exact: asks.exact,
@@ -252,6 +260,14 @@ export function lessonPage({ root, model, places, theme }) {
     const beat = lesson.beats[beats.index];
     if (beat && beat.scene) showScene(beat.scene);
     player.waitFor(start.step);
+  }
+
+  /** This page's address with that token. */
+  function linkTo(token) {
+    const url = new URL(location.href);
+    url.searchParams.delete("s");
+    if (token) url.searchParams.set("s", token);
+    return url.href;
   }
 
   function themed() {

@@ -12,6 +12,7 @@ import { facing } from "./facing.js";
 import { footprint } from "./footprint.js";
 import { matrixAndLine } from "./grid.js";
 import { heatmaps } from "./heatmaps.js";
+import { ledger } from "./ledger.js";
 import { numbers } from "./numbers.js";
 import { createPanel } from "./panel.js";
 import { plane } from "./plane.js";
@@ -28,9 +29,10 @@ import { timeline } from "./timeline.js";
 import { tokens } from "./tokens.js";
 import { towers } from "./towers.js";
 import { Store } from "./track.js";
+import { tries } from "./tries.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers, sayings, towers, sheet };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers, sayings, towers, sheet, ledger, tries };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */
@@ -107,6 +109,7 @@ export function createScene(stage, base, hooks) {
       const fresh = !newest || newest.store.run !== message.run;
       const store = fresh ? kept || new Store(message.run) : newest.store;
       store.model = message.model || {};
+      store.values = message.knobs || null;
       store.total = message.steps || 0;
       store.describe(message.tracks);
       if (newest && newest.key === keyOf(message)) return store;

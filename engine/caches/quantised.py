@@ -188,6 +188,11 @@ class Quantised(Cache):
         packed = sum(part.nbytes for pair in self._packed.values() for part in pair)
         return packed + sum(t.numel() * t.element_size() for pair in self._tail.values() for t in pair)
 
+    @property
+    def whole_values(self) -> int:
+        """How many values are still as they came."""
+        return sum(t.numel() for pair in self._tail.values() for t in pair)
+
 
 def token_bytes(*, bits: int, group: int, kv_heads: int, head_width: int) -> float:
     """Bytes that a packed token takes in one layer, keys by channel and values by token: codes, and for each `group`
