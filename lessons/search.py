@@ -279,7 +279,7 @@ SCENES = (
         "clock",
         (
             Plane(
-                name="clock", title="Foretold and timed", note="a point a shape, on this machine", span=7, height=340,
+                name="clock", title="Foretold and timed", note="a point a shape, on this machine", height=320,
                 points=(
                     Points("set the prices", of(cut.FORETOLD, group=0), of(cut.TIMED, group=0), colour="kept"),
                     Points("not seen before", of(cut.FORETOLD, group=1), of(cut.TIMED, group=1), colour="recent"),
@@ -289,11 +289,11 @@ SCENES = (
                 cell=cut.timed_cell,
             ),
             Bars(
-                name="prices", title="What this machine asks for", note="ms", span=5, values=of(cut.PRICE),
+                name="prices", title="What this machine asks for", note="ms each", span=7, values=of(cut.PRICE),
                 labels=("to start", "a layer", "a head", f"{cut.PART} neurons"), colour="key", format=".3f", high=None,
             ),
             Numbers(
-                name="trust", title="How far to trust it",
+                name="trust", title="How far to trust it", span=5,
                 numbers=(
                     Number("Rank correlation", of(cut.RANK), format=".2f", colour="recent", detail="shapes not seen"),
                     Number("Laps differ by", of(cut.NOISE), format=".0%", colour="alarm", detail="middle, shortest"),

@@ -26,7 +26,7 @@ from lessons.views import Arithmetic
 
 EACH, LAPS = 12, 10  # shapes that the sum is fitted to, as many that it has not seen, and laps of all
 SEEDS = 3  # searches of each kind
-SCORED = {"rows": 8, "length": 64, "stream": "search"}  # texts that a search judges by
+SCORED = {"rows": 6, "length": 96, "stream": "search"}  # texts that a search judges by
 JUDGED = {"rows": 16, "length": 128, "stream": "test"}  # texts that no search has seen
 FINAL_LAPS = 12
 WORDS = 24  # said by each model at the end
@@ -197,7 +197,7 @@ def compete(search: Search, limits: Mapping[str, float], *, seed: int) -> Candid
                     sizes.append(len(found.born))
                 if i == 0:
                     best = found.best if by == "evolution" else best
-                    _show(found, all_of, best, by, limits)
+                    _show(found, all_of, best, by, limits, search.population)
                 tap(BEST, found.best.score, "", by=by, seed=i)
                 tap(LOOKS, len(all_of), "", by=by, seed=i)
                 step(label=f"{by}, generation {found.number + 1}")
@@ -209,9 +209,10 @@ def compete(search: Search, limits: Mapping[str, float], *, seed: int) -> Candid
     return best
 
 
-def _show(found: Generation, all_of: list[Candidate], best: Candidate, by: str, limits: Mapping[str, float]) -> None:
+def _show(
+    found: Generation, all_of: list[Candidate], best: Candidate, by: str, limits: Mapping[str, float], room: int
+) -> None:
     """A generation on the plane, and the best of the evolution so far."""
-    room = max(1, len(found.born))
     points = np.full((2, 1, 3, room), np.nan, np.float32)
     sizes = np.zeros((1, 3, room, 3), np.int32)
     group = 1 if by == "evolution" else 0
