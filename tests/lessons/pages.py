@@ -24,6 +24,7 @@ QUICK = {
     "distil": {"steps": 20, "seeds": 1},
     "build": {"heads": "all", "cache": "full", "cache_bits": 16, "tokens": 96, "words": 8},
     "search": {"population": 6, "generations": 2},
+    "speculate": {"tokens": 16},
 }
 REFUSED = {"search": {"budget", "memory"}}  # knobs whose low end no run can meet: their lesson says so, and its tests
 
