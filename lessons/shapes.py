@@ -24,11 +24,11 @@ from engine.toyland import Grammar, batch
 from engine.zoo import SPACE
 from lessons.views import Arithmetic
 
-EACH, LAPS = 12, 10  # shapes that the sum is fitted to, as many that it has not seen, and laps of all
+EACH, LAPS = 12, 16  # shapes that the sum is fitted to, as many that it has not seen, and laps of all
 SEEDS = 3  # searches of each kind
-SCORED = {"rows": 6, "length": 96, "stream": "search"}  # texts that a search judges by
+SCORED = {"rows": 8, "length": 96, "stream": "search"}  # texts that a search judges by
 JUDGED = {"rows": 16, "length": 128, "stream": "test"}  # texts that no search has seen
-FINAL_LAPS = 12
+FINAL_LAPS = 24
 WORDS = 24  # said by each model at the end
 PART = 64  # neurons drawn as one cell
 HEADS, PARTS = SPACE.heads[-1], SPACE.ffn_width[-1] // PART
@@ -99,7 +99,7 @@ def clock(model: Any, ids: Any, *, seed: int) -> Predictor:
         tap(FORETOLD, told.reshape(2, EACH), "group shape")
         tap(TIMED, np.array(shortest).reshape(2, EACH), "group shape")
         tap(COUNTS, np.array([counts(s) for s in subnets]).reshape(2, EACH, 3), "group shape count")
-        tap(EVEN, np.array([0.0, max(shortest)]), "end")
+        tap(EVEN, np.array([min(shortest), max(shortest)]), "end")
         tap(PRICE, np.array([found.base, found.layer, found.head, PART * found.neuron], np.float32), "term")
         tap(RANK, rank(told[EACH:], shortest[EACH:]), "")
         noise = float(median(m / s - 1 for m, s in zip(middle, shortest, strict=True)))
