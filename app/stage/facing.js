@@ -1,6 +1,6 @@
 /** Two bars a row that grow away from each other on one scale, the longer one firm: what limits, row by row. */
 import { make, say } from "./dom.js";
-import { format } from "./text.js";
+import { format, visible } from "./text.js";
 
 export function facing(host, spec, context) {
   const { store } = context;
@@ -30,7 +30,9 @@ export function facing(host, spec, context) {
 
   const read = () => {
     const rights = store.newest(spec.right, step) || [];
-    return (store.newest(spec.left, step) || []).map((left, i) => ({ name: spec.labels[i] ?? String(i), left, right: rights[i] ?? 0 }));
+    const ids = Array.isArray(spec.labels) ? null : store.newest(spec.labels, step);
+    const name = (i) => (ids ? visible(store.words.get(ids[i])) || `#${ids[i]}` : spec.labels[i] ?? String(i));
+    return (store.newest(spec.left, step) || []).map((left, i) => ({ name: name(i), left, right: rights[i] ?? 0 }));
   };
 
   const sentence = ({ name, left, right }) =>

@@ -27,12 +27,13 @@ import { stretches } from "./stretches.js";
 import { sweepTiles } from "./tiles.js";
 import { timeline } from "./timeline.js";
 import { tokens } from "./tokens.js";
+import { guessTree } from "./tree.js";
 import { towers } from "./towers.js";
 import { Store } from "./track.js";
 import { tries } from "./tries.js";
 
 /** Every kind of view. A new one is a file with the same signature, and a line here. */
-export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers, sayings, towers, sheet, ledger, tries };
+export const VIEWS = { heatmaps, slots, tokens, numbers, curves, bars, plane, routes, stack, calculator, blocks, stretches, footprint, facing, tiles: sweepTiles, ring: ringOfDevices, timeline, grid: matrixAndLine, bits: bitRows, rulers, sayings, towers, sheet, tree: guessTree, ledger, tries };
 
 /** `base` is what all views share (see page.js); `hooks`: open(index, view, at) for a cell's arithmetic,
  * calculate(index, values, answered) for a calculator's. */
