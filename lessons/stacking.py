@@ -32,8 +32,8 @@ from engine.toyland import Grammar, batch, story
 from lessons.models import TOY, name_ids
 from lessons.texts import TEXTS, text_ids
 
-COLUMNS = ("bytes", "multiplications", "tokens/s", "by bytes alone", "perplexity", "recall")
-BYTES, PRODUCTS, PACE, BOUND, PERPLEXITY, RECALL = range(len(COLUMNS))
+COLUMNS = ("bytes", "FLOPs", "tokens/s", "by bytes alone", "perplexity", "recall")
+BYTES, FLOPS, PACE, BOUND, PERPLEXITY, RECALL = range(len(COLUMNS))
 STEPS = ("original", "heads", "experts", "pruned", "rounded", "mended", "kept", "cached", "guessed")
 
 ROWS = site("build.ledger", "figures of each step of the stack")
@@ -99,7 +99,7 @@ class Bench:
         products, tokens = float(sum(multiplications(lean, keys=keys).values())), 1.0
         if lean.guesses:
             products, tokens = self._drawn(lean)
-        self.rows[row, PRODUCTS] = products
+        self.rows[row, FLOPS] = 2 * products
         self.rows[row, BOUND] = self.rows[0, BYTES] / self.rows[row, BYTES] * tokens
 
     def measure(self, row: int, lean: Lean) -> None:

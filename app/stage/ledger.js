@@ -38,8 +38,8 @@ export function ledger(host, spec, context) {
   });
   const heads = spec.columns.map((column) => make("div", { class: "ledger-head", role: "columnheader" }, column.label, column.origin ? make("span", { class: `origin origin-${column.origin}` }, column.origin) : null));
   const allowedHead = make("div", { class: "ledger-head", role: "columnheader" });
-  const totals = spec.columns.map(() => make("div", { class: "ledger-total", role: "cell" }));
-  const left = make("div", { class: "ledger-total", role: "cell" });
+  const totals = spec.columns.map((column) => make("div", { class: "ledger-total", role: "cell", "data-label": column.label }));
+  const left = make("div", { class: "ledger-total", role: "cell", "data-label": "error budget" });
   const foot = make("div", { class: "ledger-row ledger-foot", role: "row" }, make("div", { class: "ledger-entry", role: "rowheader" }, make("span", { class: "ledger-label" }, "All in all")), totals, left);
   const list = make("div", { class: "ledger", role: "table", "aria-label": spec.title, style: { "--columns": spec.columns.length } },
     make("div", { class: "ledger-row ledger-heads", role: "row" }, make("div", { class: "ledger-head", role: "columnheader" }, "step"), heads, allowedHead), rows.map(({ node }) => node), foot);

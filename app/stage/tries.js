@@ -181,10 +181,10 @@ export function tries(host, spec, context) {
     fill(list, points.map(({ one, front, here }) =>
       make("li", { class: `tries-item ${front ? "front" : ""} ${here ? "here" : ""}` },
         make("span", { class: "tries-mark", "aria-hidden": "true" }),
-        make("span", { class: "tries-words" }, one.words || "at the defaults", make("span", { class: "visually-hidden" }, front ? ", on the front" : "", here ? ", this run" : "")),
+        make("span", { class: "tries-words" }, one.words || "at the defaults", make("span", { class: "visually-hidden" }, front ? ", on the front" : "")),
         make("span", { class: "tries-figures" }, `${format(one.x, spec.x_format)} · ${format(one.y, spec.format)}`),
         make("span", { class: "tries-acts" },
-          make("button", { type: "button", class: "plain-button", disabled: here, "aria-label": `Open the try ${one.words}`, on: { click: () => open(one) } }, "Open"),
+          here ? make("span", { class: "small" }, "this run") : make("button", { type: "button", class: "plain-button", "aria-label": `Open the try ${one.words}`, on: { click: () => open(one) } }, "Open"),
           href ? make("button", { type: "button", class: "plain-button", "aria-label": `Copy a link to the try ${one.words}`, on: { click: () => copyLink(one) } }, "Copy link") : null,
           make("button", { type: "button", class: "icon-button", "aria-label": `Remove the try ${one.words}`, title: "Remove", on: { click: () => drop((other) => other !== one && JSON.stringify(other) !== JSON.stringify(one), "The try is gone.") } }, "✕")))));
     clear.hidden = !points.length;
