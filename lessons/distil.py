@@ -75,7 +75,8 @@ def facts(recording: Recording) -> dict[str, Any]:
     ends = {way: recording.stack(CURVE, way=way, of="mean").astype(float) for way in WAYS}
     at = recording.stack(AT, of="hard").astype(int)
     right = {name: float(recording.track(RIGHT, reader=name).latest()) for name in ("teacher", *WAYS)}
-    sure = recording.track(SOFT, place=2, reader="teacher").latest()[:, 0].astype(float)
+    came = int(recording.track(pupils.LABEL, place=2).latest().argmax())
+    sure = recording.track(SOFT, place=2, reader="teacher").latest()[:, came].astype(float)
     grid = recording.track(MAP).latest().astype(float)
     best = np.unravel_index(np.nanargmin(grid), grid.shape)
     takes = {
@@ -86,7 +87,8 @@ def facts(recording: Recording) -> dict[str, Any]:
         **{way: float(line[-1]) for way, line in ends.items()}, **{f"right_{k}": v for k, v in right.items()},
         **{key: meta[key] for key in ("teacher", "seeds", "training")}, "name": meta["model"]["name"],
         "context": " ".join(meta["contexts"][0].split()[-7:]), "came": meta["came"][0], "sure": meta["sure"][0],
-        "doubt": _doubt(meta), "certain": sure[1], "certain_hot": sure[4], "certain_word": meta["came"][2],
+        "doubt": _doubt(meta), "words": meta["words"],
+        "certain": sure[1], "certain_hot": sure[4], "certain_word": meta["came"][2],
         "texts_told": f"{meta['texts']} texts" if meta["texts"] else "ever new texts",
         "heart": _by_heart(ends["hard"], at), "before": float(ends["hard"][0]),
         "alike_first": float(recording.stack(pupils.MATCHED, way="layers")[0]),
@@ -233,7 +235,7 @@ BEATS = (
     Beat(
         "Now a word that must come: the teacher gives “{certain_word}” {certain:.1%}. Divide its logits by a "
         "[[temperature]] before the softmax, and the runners-up step out of the dark: at T = 4 it has "
-        "{certain_hot:.0%}. **Turn T.** Nothing is trained anew.", scene="doubts", step=0, focus="odds",
+        "{certain_hot:.0%}. **Turn T.** Nothing is trained anew.", scene="doubts", step="begun", focus="odds",
         knobs={"place": 2}, do=Do("Turn T", knob="look"),
     ),
     Beat(
@@ -253,9 +255,9 @@ BEATS = (
         "back to hear the babble before. {asked}", scene="race", step="raced", focus="said",
     ),
     Beat(
-        "==Who was surprised, word by word?|heard== Bright is surprised. The grammar itself cannot foretell an open "
-        "word: that is the floor. Open a student’s cell: there stands the loss, both terms, with T². Trap: average KL "
-        "over the vocabulary too, and it shrinks {words} times.", scene="words", step="raced", focus="heard",
+        "==Who was surprised, word by word?|heard== The darker, the more. Toyland’s grammar itself cannot foretell an "
+        "open word: that is the floor. Open a student’s cell: there stands the loss, both terms, with T². Trap: "
+        "average KL over the vocabulary too, and it shrinks {words} times.", scene="words", step="raced", focus="heard",
         do=Do("Open a student’s word", cell="heard"),
     ),
     Beat(
@@ -285,6 +287,7 @@ GLOSSARY = {
 }
 
 PLACE: dict[str, Any] = {"place": knob("place")}
+ORDER = of(WORDS, reader="teacher", **PLACE)
 
 
 def _line(way: str, label: str, colour: str, of_: str = "mean", **more: Any) -> Line:
@@ -314,15 +317,15 @@ SCENES = (
         (
             Sayings(name="context", title="The text so far",
                     sayings=(Saying("Next word?", of(pupils.CONTEXT, **PLACE)),)),
-            Bars(name="label", title="What the text says", values=of(pupils.LABEL, **PLACE), span=3, colour="ink",
-                 labels=of(WORDS, reader="teacher", **PLACE)),
-            Facing(name="odds", title="Odds at T: teacher and student", span=6, format=".1%",
+            Facing(name="label", title="The text and the truth", span=6, format=".0%", origin="formula",
+                   left=of(pupils.LABEL, **PLACE), right=of(pupils.TRUTH, **PLACE), labels=ORDER,
+                   left_label="the text says", right_label="Toyland’s own odds", left_colour="ink",
+                   right_colour="value"),
+            Facing(name="odds", title="Teacher and student, at T", span=6, format=".1%",
                    left=of(SOFT, reader="teacher", temperature=knob("look"), **PLACE),
                    right=of(SOFT, reader=knob("way"), temperature=knob("look"), **PLACE),
-                   labels=of(WORDS, reader="teacher", **PLACE), left_label="teacher", right_label="student",
+                   labels=ORDER, left_label="teacher", right_label="student",
                    left_colour="query", right_colour="recent"),
-            Bars(name="truth", title="Toyland’s own odds", values=of(pupils.TRUTH, **PLACE), span=3, colour="value",
-                 labels=of(WORDS, reader="teacher", **PLACE), format=".1%", origin="formula"),
         ),
     ),
     Scene(
@@ -345,7 +348,9 @@ SCENES = (
         (
             Heatmaps(name="heard", title="Who is surprised by which word", tensor=of(pupils.HEARD), rows="reader",
                      columns="token", column_labels="tokens", power=0.5, gaps=True, cell=pupils.loss_cell,
-                     row_labels=("Toyland’s odds", "teacher", *NAMES.values())),
+                     row_labels=("Toyland", "teacher", "words", "soft", "layers", "own texts")),
+            Sayings(name="story", title="The text that they read",
+                    sayings=(Saying("Unseen", of(pupils.CONTEXT, place="end")),)),
             Curves(name="small", title="Surprisal of unseen texts", lines=tuple(_student(way, "hard") for way in WAYS),
                    log=True, x_label="training step", format=".2f", height=170),
         ),
@@ -368,16 +373,16 @@ SCENES = (
     Scene(
         "map",
         (
-            Heatmaps(name="map", title="Surprisal by α and T", note="each cell is a training; live", tensor=of(MAP),
-                     rows="alpha", columns="temperature", gaps=True, span=6,
+            Heatmaps(name="map", title="Surprisal by α and T", note="each cell is a training", tensor=of(MAP),
+                     rows="alpha", columns="temperature", gaps=True, span=5,
                      row_labels=tuple(f"α = {a:g}" for a in ALPHAS), column_labels=tuple(f"T = {t:g}" for t in HEATS)),
-            Curves(name="special", title="A specialist against its teacher", note="log", span=6, log=True, height=230,
+            Curves(name="special", title="A specialist against its teacher", note="log", span=7, log=True, height=200,
                    lines=(_student("specialist", "specialist"),
                           _level("teacher", "teacher", "query", "special", "specialist"),
                           _level("floor", "the least there is", "ink", "special", "specialist")),
                    x_label="training step", y_label="nats a word", format=".3f"),
             Bars(name="cheaper", title="How many times less", values=of(pupils.TIMES), span=4, high=None, format=".1f",
-                 labels=("parameters", "multiplications", "bytes moved", "time"), colour="value"),
+                 labels=("weights", "products", "bytes", "time"), colour="value"),
             Numbers(name="price", title="One more token", span=8,
                     numbers=tuple(Number(f"{label}, {who}", of(TAKES, of=who, kind=kind), unit=unit, format=form,
                                          colour=colour)

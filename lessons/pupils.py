@@ -26,6 +26,7 @@ from lessons.texts import TEXTS
 from lessons.views import Arithmetic
 
 LENGTH, ROWS, UNSEEN_ROWS = 32, 8, 64
+RATE = 1e-2  # of learning, for all
 STRIDE = 20  # steps of training that are one of the page, after the race
 SAY, EVERY, SHOWN = 14, 6, 10  # words that each goes on to say; steps between two looks; words of a distribution
 WARMTH = (0.5, 1.0, 1.5, 2.0, 4.0, 8.0)  # temperatures that one can look at
@@ -71,15 +72,18 @@ class School:
         key = (tuple(ids.shape), ids.cpu().numpy().tobytes())
         if key in self.known:
             return self.known[key]
-        with record(keep={}), torch.no_grad():
-            if self.allowed is None:
-                found = layers.trace(self.teacher, ids)
-            else:
-                seen = layers.trace(self.teacher, self.allowed[ids])
-                found = replace(seen, logits=seen.logits[..., self.allowed])
+        found = self.read(ids)
         if len(self.known) < KNOWN:
             self.known[key] = found
         return found
+
+    def read(self, ids: Any) -> layers.Trace:
+        """The same, anew."""
+        with record(keep={}), torch.no_grad():
+            if self.allowed is None:
+                return layers.trace(self.teacher, ids)
+            seen = layers.trace(self.teacher, self.allowed[ids])
+            return replace(seen, logits=seen.logits[..., self.allowed])
 
     def write(self, seed: int) -> Any:
         """Texts of the teacher's own, from the first words that all texts share."""
@@ -117,7 +121,7 @@ def open_school(knobs: Any) -> tuple[School, Any]:
     if isinstance(teacher, torch.nn.Module):
         teacher.requires_grad_(False)
     plan = Plan(
-        steps=knobs.steps, rows=ROWS, length=LENGTH, rate=6e-3, temperature=knobs.temperature, alpha=knobs.alpha,
+        steps=knobs.steps, rows=ROWS, length=LENGTH, rate=RATE, temperature=knobs.temperature, alpha=knobs.alpha,
         seeds=tuple(range(knobs.seeds)), look=EVERY, corpus=256, unseen_rows=UNSEEN_ROWS,
     )  # fmt: skip
     if knobs.model == TOY:
@@ -161,7 +165,7 @@ class Watch:
         self.row, self.asked = school.story()
         self.ids = school.unseen.ids[self.row]
         self.names = np.array(school.names)
-        self.count = 0
+        self.count, self.real = 0, school.grammar is None
         device = school.teacher.embed.weight.device
         self.unseen = school.unseen.ids.to(device)
         with torch.no_grad():
@@ -191,8 +195,9 @@ class Watch:
             words = self.words(at)
             tap(TRUTH, self.odds[at, words].astype(np.float32), "word", place=place)
             tap(LABEL, (words == came[at]).astype(np.float32), "word", place=place)
-            tap(CONTEXT, self.names[self.ids[: at + 1]].astype(np.int32), "token", place=place)
-        tap(PROMPT, self.names[self.ids[: self.asked]].astype(np.int32), "token")
+            tap(CONTEXT, self.names[self.ids[1 - self.real : at + 1]].astype(np.int32), "token", place=place)
+        tap(PROMPT, self.names[self.ids[1 - self.real : self.asked]].astype(np.int32), "token")
+        tap(CONTEXT, self.names[self.ids[1 - self.real :]].astype(np.int32), "token", place="end")
         told = [self.tokenizer.decode(self.names[self.ids[1 : at + 1]].tolist()) for at in self.places]
         top = self.taught.softmax(-1)[self.places].amax(-1).tolist()
         exact = [int((self.odds[at] > 0).sum()) for at in self.places]
@@ -227,7 +232,7 @@ class Watch:
     def levels(self) -> None:
         """The teacher's surprisal of all unseen texts, and the least there is."""
         with torch.no_grad(), record(keep={}):
-            said = torch.cat([self.school.teach(part[:, :-1]).logits.float() for part in self.unseen.split(ROWS)])
+            said = torch.cat([self.school.read(part[:, :-1]).logits.float() for part in self.unseen.split(ROWS)])
         came = self.unseen[:, 1:]
         self.teacher = float(-said.log_softmax(-1).gather(-1, came[..., None]).mean())
         self.floor = float(self.school.unseen.nats[:, 1:].mean()) if self.school.grammar else float("nan")

@@ -28,7 +28,7 @@ from engine.toyland import Batch, Grammar, batch
 LOSS = site("distil.loss", "the loss that the student is trained on", low=0.0, unit="nats")
 TERM = site("distil.term", "one term of the loss, unweighed", low=0.0)
 UNSEEN = site("distil.unseen", "mean surprisal of unseen real texts", symbol="CE", low=0.0, unit="nats")
-MAP = site("distil.map", "the same at the end, for each alpha and temperature", low=0.0, unit="nats")
+MAP = site("distil.map", "surprisal of unseen texts at the end, for each alpha and temperature", unit="nats")
 
 WAYS = ("hard", "soft", "layers", "synthetic")
 
@@ -225,8 +225,8 @@ def over(
     teach: Teach | None = None,
 ) -> Tensor:
     """The surprisal of unseen texts after training with soft labels, for each α and T: [alpha, temperature], the mean
-    over the plan's seeds; tapped as it falls, a cell after the other, NaN where none has been trained yet. A step of
-    the recording is `plan.look` steps. Where α is 0 no temperature matters: one training is the whole row."""
+    over the plan's seeds; tapped cell by cell, NaN where none has been trained yet. A step of the recording is
+    `plan.look` steps. Where α is 0 no temperature matters: one training is the whole row."""
     if not alphas or not temperatures:
         raise ValueError("alphas and temperatures must hold a value each at least")
     test = unseen or batch(Grammar(), seed=0, step=0, rows=plan.unseen_rows, length=plan.length, stream="test")
@@ -239,9 +239,10 @@ def over(
             cells = slice(None) if alpha == 0 else slice(j, j + 1)
 
             def look(students: Students, at: int, i: int = i, cells: slice = cells) -> None:
-                nats = [surprisal(s.model, ids) for s in students.values()]
-                rows[i, cells] = sum(nats) / len(nats)
-                tap(MAP, rows.clone(), "alpha temperature")
+                if at == plan.steps:
+                    nats = [surprisal(s.model, ids) for s in students.values()]
+                    rows[i, cells] = sum(nats) / len(nats)
+                    tap(MAP, rows, "alpha temperature")
 
             distil(
                 teacher, shape, replace(plan, alpha=alpha, temperature=temperature), ways=("soft",), texts=texts,
