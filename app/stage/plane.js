@@ -112,8 +112,9 @@ export function plane(host, spec, context) {
       if (group.joined) stroke(pen, points.filter((p) => p.group === group && !p.old), x, y, context.colours.role(group.colour), false);
     }
     const taken = [];
+    const dots = points.filter((p) => !p.old).map((p) => [x(p.x) - 6, y(p.y) - 6, 12]);
     for (const point of points) dot(pen, point, x, y, context);
-    if (!context.bare) for (const point of points) if (point.group.names.length && !point.old) label(pen, point, taken, layout, context);
+    if (!context.bare) for (const point of points) if (point.group.names.length && !point.old) label(pen, point, taken, dots, layout, context);
     pen.restore();
   };
 
@@ -256,15 +257,16 @@ function dot(pen, point, x, y, { colours }) {
   pen.globalAlpha = 1;
 }
 
-/** A point's name where there is room for it: right, left, above or below; else it is read by pointing. */
-function label(pen, point, taken, { x, y, width, margin }, { colours, fonts }) {
+/** A point's name where there is room for it: right, left, above or below, if it can be on no other point; else it is
+ * read by pointing. */
+function label(pen, point, taken, dots, { x, y, width, margin }, { colours, fonts }) {
   pen.font = `11px ${fonts.text}`;
   const wide = pen.measureText(point.name).width;
   const [px, py] = [x(point.x), y(point.y)];
   const places = [[px + 9, py - 6], [px - 9 - wide, py - 6], [px - wide / 2, py - 22], [px - wide / 2, py + 9]];
-  const free = ([left, top]) =>
-    left > margin.left && left + wide < width - Math.max(2, margin.right || 0) && taken.every((t) => left > t[0] + t[2] || left + wide < t[0] || top > t[1] + 12 || top + 12 < t[1]);
-  const place = places.find(free);
+  const free = (things) => ([left, top]) =>
+    left > margin.left && left + wide < width - Math.max(2, margin.right || 0) && things.every((t) => left > t[0] + t[2] || left + wide < t[0] || top > t[1] + 12 || top + 12 < t[1]);
+  const place = places.find(free([...taken, ...dots])) || places.find(free(taken));
   if (!place) return;
   taken.push([...place, wide]);
   pen.fillStyle = colours.role("ink");
