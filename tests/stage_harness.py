@@ -20,6 +20,7 @@ import numpy as np
 import param
 import torch
 
+from app.page import course
 from app.picture import Feed
 from app.stage import FOLDER, bundle
 from engine.caches.blocks import Tables
@@ -36,12 +37,15 @@ from lessons.views import (
     Bars,
     Blocks,
     Calculator,
+    Column,
     Curves,
+    Entry,
     Facing,
     Field,
     Footprint,
     Heatmaps,
     Holding,
+    Ledger,
     Line,
     Number,
     Numbers,
@@ -53,6 +57,7 @@ from lessons.views import (
     Stretches,
     Strip,
     Tokens,
+    Tries,
     knob,
     of,
 )
@@ -190,6 +195,8 @@ KINDS = site("demo.kinds", "what each layer is")
 READS = site("demo.reads", "whose cache each layer reads")
 STORED = site("demo.stored", "bytes a token")
 INTENSITY = site("demo.intensity", "FLOPs a byte", unit="FLOP/B")
+LEDGER = site("demo.ledger", "figures of each step")
+STEPS_USED = site("demo.steps", "which steps there are")
 SPEED = site("demo.speed", "FLOPs a second", unit="FLOP/s")
 
 
@@ -248,6 +255,10 @@ def shared_recording(steps: int = 24) -> Recording:
             grown = intensity * (1 + t / 4)
             tap(INTENSITY, grown.astype(np.float32), "operation")
             tap(SPEED, (np.minimum(4e10 * grown, 2e11) * rng.uniform(0.4, 0.9, 5)).astype(np.float32), "operation")
+            rows = np.array([[900.0, 3.0], [450.0, 3.1], [300.0, 3.6]])
+            rows[1 + t // 8 :] = np.nan
+            tap(LEDGER, rows, "row column")
+            tap(STEPS_USED, np.ones(3), "row")
             tap(INTENSITY, roof.astype(np.float32), "place", of="roof")
             tap(SPEED, np.minimum(4e10 * roof, 2e11).astype(np.float32), "place", of="roof")
             step()
@@ -278,6 +289,14 @@ SHARED_SCENE = Scene(
         Facing(
             of(STORED), of(STORED), ("first", "second", "third", "fourth"), "bytes", "bytes again",
             title="Two bars a row", name="facing", unit="B",
+        ),
+        Ledger(
+            of(LEDGER), of(STEPS_USED), (Entry("As it was"), Entry("Cut", "by half"), Entry("Cut again")),
+            (Column("bytes", ".3s", "B"), Column("perplexity", ".2f")), 1, title="A stack", name="ledger",
+        ),
+        Tries(
+            of(LEDGER, column=0), of(LEDGER, column=1), of(STEPS_USED), "bytes", "perplexity", allowed=10.0,
+            title="All tries", name="tries",
         ),
         Plane(
             points=(
@@ -664,8 +683,6 @@ def _tensors() -> dict[str, Any]:
 
 def saved_home() -> dict[str, Any]:
     """The index as data."""
-    from lessons import outline
-
     previews = {"decode": DECODE_SCENE.views[:1], "sinks": SINKS_SCENE.views[:1]}
 
     def preview(slug: str) -> list[dict[str, Any]]:
@@ -674,23 +691,9 @@ def saved_home() -> dict[str, Any]:
         Feed(sent.append).show("p", recording, Scene("preview", previews[slug]), PAGES[slug]["knobs"]())
         return sent
 
-    parts = [
-        {
-            "part": part,
-            "lessons": [
-                {
-                    "slug": slug,
-                    "title": title,
-                    "question": question,
-                    "order": order,
-                    "href": f"{slug}.html" if slug in previews else None,
-                    "preview": preview(slug) if slug in previews else None,
-                }
-                for order, slug, title, question in planned
-            ],
-        }
-        for part, planned in zip(PARTS, outline._PLAN, strict=True)
-    ]
+    parts = course("{}.html")
+    for card in (card for part in parts for card in part["lessons"]):
+        card |= {"preview": preview(card["slug"])} if card["slug"] in previews else {"href": None}
     return {"course": parts, "places": {"fonts": "", "home": "#"}, "messages": []}
 
 
