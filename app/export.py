@@ -248,9 +248,9 @@ def _course(lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
     parts = page.course("lesson/{}.html")
     for part in parts:
         for card in part["lessons"]:
-            if card["slug"] not in here and card.pop("href", None):
+            if card["slug"] not in here:
                 card.pop("preview", None)
-                card["soon"] = "not in this copy"
+                card |= {"href": None, "soon": "not in this copy"}
     return parts
 
 

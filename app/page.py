@@ -26,8 +26,8 @@ from app.answers import Message
 from app.picture import Feed
 from app.runs import Run, Runs, is_available, model_title
 from app.session import Session
-from lessons import all_lessons, outline
-from lessons.lesson import Lesson
+from lessons import all_lessons
+from lessons.lesson import PARTS, Lesson
 
 BATCH = 2_000_000  # bytes of one WebSocket message, about; one message of ours may be larger
 PREVIEW = 300_000  # bytes of a small moving picture on the index
@@ -269,19 +269,14 @@ def models(lesson: Lesson) -> list[Message]:
 
 
 def course(address: str) -> list[Message]:
-    """The whole course, for the index; lessons still to come have no address, others `address` with their slug."""
-    parts = []
-    for part, rows in outline.course():
-        lessons = []
-        for _, slug, title, question, lesson in rows:
-            card: Message = {"slug": slug, "title": title, "question": question}
-            if lesson is not None:
-                card["href"] = address.format(slug)
-                if slug in _previews:
-                    card["preview"] = _previews[slug]
-            lessons.append(card)
-        parts.append({"part": part, "lessons": lessons})
-    return parts
+    """The whole course, part by part, for the index; a lesson is at `address` with its slug."""
+    parts: dict[str, Message] = {part: {"part": part, "lessons": []} for part in PARTS}
+    for slug, lesson in all_lessons().items():
+        card: Message = {"slug": slug, "title": lesson.title, "question": lesson.question, "href": address.format(slug)}
+        if slug in _previews:
+            card["preview"] = _previews[slug]
+        parts[lesson.part]["lessons"].append(card)
+    return list(parts.values())
 
 
 _previews: dict[str, list[Message]] = {}  # the same for all visitors, and made for none of them: see `preview`

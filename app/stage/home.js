@@ -18,7 +18,7 @@ export function homePage({ root, model, places, theme }) {
     order += 1;
     const number = make("span", { class: "card-number" }, String(order));
     if (!lesson.href) {
-      return make("li", { class: "card-coming" }, number, make("div", {}, make("h3", {}, lesson.title), make("p", {}, lesson.question)), make("span", { class: "soon" }, lesson.soon || "coming"));
+      return make("li", { class: "card-coming" }, number, make("div", {}, make("h3", {}, lesson.title), make("p", {}, lesson.question)), make("span", { class: "soon" }, lesson.soon || "not here"));
     }
     const picture = make("div", { class: "card-picture", "aria-hidden": "true" });
     if (lesson.preview) previews.push(createPreview(picture, lesson.preview, base));
