@@ -43,8 +43,8 @@ class Turn(Knobs):
         default=64, objects={"Read 64 words": 64, "Read a single word": 1}, label="Timed work",
         doc="What the machine does while shapes are timed.",
     )  # fmt: skip
-    population = param.Integer(12, bounds=(6, 16), label="Population", doc="Candidates in the first generation.")
-    generations = param.Integer(6, bounds=(2, 8), label="Generations", doc="How often the best have children.")
+    population = param.Integer(12, bounds=(6, 14), label="Population", doc="Candidates in the first generation.")
+    generations = param.Integer(6, bounds=(2, 7), label="Generations", doc="How often the best have children.")
     seed = param.Integer(0, bounds=(0, 9), label="Seed", doc="Of all that is drawn by lot.")
     prompt = param.String(PROMPT, label="Prompt", doc="In Toyland’s words: what the models go on from.")
 
@@ -210,8 +210,8 @@ BEATS = (
     ),
     Beat(
         "The largest takes {ms_largest:.2f} ms. You allow {budget}% of that, {limit:.2f} ms: ==the red line|plane==. "
-        "Candidates to its left are judged by [[perplexity]]. First ones drawn by lot; then the best have children, "
-        "changed or paired.", scene="search", step="at_evolve", focus="plane",
+        "Candidates to its left are judged on a few texts: their [[perplexity]] at what the largest expects there. First "
+        "come ones drawn by lot; then the best have children, changed or paired.", scene="search", step="at_evolve", focus="plane",
         predict=Predict("How much of the largest’s weights will the winner keep?", (20, 40, 60, 80), "weights",
                         format=".0f", unit="%"),
     ),
@@ -321,7 +321,7 @@ SCENES = (
                     _limit("budget", "ms"),
                     Line("front", of(cut.FRONT, of="perplexity"), colour="recent", x=of(cut.FRONT, of="ms")),
                 ),
-                x_label="foretold, ms", y_label="perplexity", x_format=".2f", format=".3f",
+                x_label="foretold, ms", y_label="perplexity, at what the largest expects", x_format=".2f", format=".3f",
                 tensor=of(cut.CANDIDATES), cell=cut.candidate_cell,
             ),
             _shape("shape", "The best so far", "now", 7),
@@ -340,7 +340,7 @@ SCENES = (
         "race",
         (
             Curves(
-                name="race", title="Skill or luck", note="lowest perplexity so far", span=12, height=330, format=".3f",
+                name="race", title="Skill or luck", note="lowest perplexity so far, at what the largest expects", span=12, height=330, format=".3f",
                 lines=(*_race("evolution", "evolution", "recent"), *_race("chance", "chance", "kept")),
                 x_label="candidates looked at", y_label="perplexity",
             ),
@@ -406,7 +406,7 @@ LESSON = Lesson(
              "Real 2018, arXiv:1802.01548"),
     knobs=Turn, run=run, keep=keep, beats=BEATS, scenes=SCENES, claims=CLAIMS,
     code=("engine.search.supernet:slices", "engine.search.evolution:evolve", "engine.search.latency:fit",
-          "engine.search.supernet:sandwich"),
+          "engine.search.supernet:sort_channels"),
     facts=facts, marks=marks, glossary=GLOSSARY, step_word="step", seconds=180,
     footnote="* Once-for-all on images, as reported. Measured: a supernet of small decoders, on this machine.",
 )

@@ -26,7 +26,7 @@ from lessons.views import Arithmetic
 
 EACH, LAPS = 12, 16  # shapes that the sum is fitted to, as many that it has not seen, and laps of all
 SEEDS = 3  # searches of each kind
-SCORED = {"rows": 8, "length": 96, "stream": "search"}  # texts that a search judges by
+SCORED = {"rows": 8, "length": 96, "stream": "valid"}  # texts that a search judges by
 JUDGED = {"rows": 16, "length": 128, "stream": "test"}  # texts that no search has seen
 FINAL_LAPS = 24
 WORDS = 24  # said by each model at the end
@@ -42,7 +42,9 @@ PRICE = site("shapes.price", "what the machine asks: to start, for a layer, for 
 RANK = site("shapes.rank", "rank correlation of foretold and timed, for shapes that the sum was not fitted to")
 NOISE = site("shapes.noise", "how far the middle lap lies above the shortest, over the shapes", low=0.0)
 CANDIDATES = site("shapes.ms", "foretold time of each candidate", unit="ms", grows="generation", low=0.0)
-SCORES = site("shapes.perplexity", "its perplexity on the search’s texts", grows="generation", low=1.0)
+SCORES = site(
+    "shapes.perplexity", "its perplexity, at what the largest expects of a few texts", grows="generation", low=1.0
+)
 FRONT = site("shapes.front", "candidates that none beats in time and perplexity", low=0.0)
 LIMIT = site("shapes.limit", "the budget", low=0.0)
 ENDS = site("shapes.ends", "the smallest and the largest", low=0.0)
@@ -144,7 +146,8 @@ class Search:
     known: dict[Subnet, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.judge = quality(self.model, batch(Grammar(), seed=0, step=0, **SCORED).ids)  # type: ignore[arg-type]
+        ids = batch(Grammar(), seed=0, step=0, **SCORED).ids  # type: ignore[arg-type]
+        self.judge = quality(self.model, ids, against=SPACE.largest)
 
         where = self.model.embed.weight.device
         self.unseen = batch(Grammar(), seed=0, step=0, **JUDGED).ids.to(where)  # type: ignore[arg-type]

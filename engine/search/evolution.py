@@ -53,17 +53,29 @@ class Generation:
     best: Candidate
 
 
-def quality(model: Decoder, ids: Tensor) -> Callable[[Subnet], float]:
-    """The perplexity on held-out ids [B, T] of subnets run in place."""
+def quality(model: Decoder, ids: Tensor, *, against: Subnet | None = None) -> Callable[[Subnet], float]:
+    """The perplexity on held-out ids [B, T] of subnets run in place.
+
+    With `against`, the surprisal of a word is not that of the one that came, but the mean over all that this subnet
+    expects: a short text then tells more, since the luck of single words is out of it.
+    """
     if ids.dim() != 2 or ids.shape[1] < 2 or not len(ids):
         raise ValueError(f"ids must have shape [batch, tokens] with two tokens at least, not {list(ids.shape)}")
 
     @torch.no_grad()
+    def logits(subnet: Subnet) -> Tensor:
+        made = run(model, ids[:, :-1].to(model.embed.weight.device), subnet)  # B T-1 V
+        return made.to(torch.promote_types(made.dtype, torch.float32))
+
+    expected = None if against is None else logits(against).softmax(-1)
+
     def measured(subnet: Subnet) -> float:
-        text = ids.to(model.embed.weight.device)
-        logits = run(model, text[:, :-1], subnet)  # B T-1 V
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return perplexity(wide.logsumexp(-1) - wide.gather(-1, text[:, 1:, None])[..., 0])
+        found = logits(subnet)
+        if expected is None:
+            told = found.gather(-1, ids[:, 1:, None].to(found.device))[..., 0]  # B T-1
+        else:
+            told = (expected * found).sum(-1)
+        return perplexity(found.logsumexp(-1) - told)
 
     return measured
 

@@ -173,6 +173,20 @@ def test_quality_is_the_perplexity_of_the_extracted_model():
             quality(model, bad)
 
 
+def test_quality_against_a_subnet_is_the_cross_entropy_with_what_it_expects():
+    shape = Shape(vocab=50, width=32, layers=3, heads=4, kv_heads=4, head_width=8, ffn_width=24, max_positions=64)
+    model = Decoder(shape, seed=1).double().requires_grad_(False)
+    model.embed.weight *= 20
+    ids = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(0))
+    subnet, teacher = Subnet((2, 4), (8, 16)), Subnet((4, 4, 4), (24, 24, 24))
+    measured = quality(model, ids, against=teacher)
+    expected = model(ids[:, :-1]).softmax(-1).flatten(0, 1)
+    for one in (subnet, teacher):
+        loss = torch.nn.functional.cross_entropy(extract(model, one)(ids[:, :-1]).flatten(0, 1), expected)
+        assert measured(one) == pytest.approx(float(loss.exp()), rel=1e-12)
+    assert measured(teacher) < measured(subnet)  # nobody knows better what it expects
+
+
 def test_what_a_lesson_sees():
     with record() as recorder:
         found = list(evolve(WIDE, score=toy, costs={"size": size, "layers": lambda s: s.layers}, budget={"size": 200},
