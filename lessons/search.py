@@ -210,8 +210,9 @@ BEATS = (
     ),
     Beat(
         "The largest takes {ms_largest:.2f} ms. You allow {budget}% of that, {limit:.2f} ms: ==the red line|plane==. "
-        "Candidates to its left are judged on a few texts: their [[perplexity]] at what the largest expects there. First "
-        "come ones drawn by lot; then the best have children, changed or paired.", scene="search", step="at_evolve", focus="plane",
+        "Candidates to its left are judged on a few texts: their [[perplexity]] at what the largest expects there. "
+        "First come some drawn by lot; then the best have children, changed or paired.", scene="search",
+        step="at_evolve", focus="plane",
         predict=Predict("How much of the largest’s weights will the winner keep?", (20, 40, 60, 80), "weights",
                         format=".0f", unit="%"),
     ),
@@ -340,7 +341,8 @@ SCENES = (
         "race",
         (
             Curves(
-                name="race", title="Skill or luck", note="lowest perplexity so far, at what the largest expects", span=12, height=330, format=".3f",
+                name="race", title="Skill or luck", note="lowest perplexity so far, at what the largest expects", height=330,
+                format=".3f",
                 lines=(*_race("evolution", "evolution", "recent"), *_race("chance", "chance", "kept")),
                 x_label="candidates looked at", y_label="perplexity",
             ),
