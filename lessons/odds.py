@@ -9,8 +9,8 @@ from engine.recording import Recording, note, site, step, tap
 from engine.speculate import acceptance, residual
 from lessons.guessing import Pair, drafter, laws_at, rounds
 from lessons.lesson import Finding, Scene
-from lessons.models import name_ids
-from lessons.views import Bars, Curves, Facing, Line, Number, Numbers, of
+from lessons.models import name_ids, read_aloud
+from lessons.views import Bars, Curves, Facing, Line, Number, Numbers, Tokens, of
 
 CANDIDATES = site("place.words", "the likeliest words of one place")
 LAW_P = site("place.p", "their probabilities under the target", symbol="p", low=0.0, high=1.0)
@@ -47,7 +47,10 @@ def show_places(both: Pair, text: list[int], prompt: int, *, temperature: float)
     agreed, rest = acceptance(p, q), residual(p, q)
     out = q.minimum(p) + (1 - agreed)[:, None] * rest
     off = (out - p).abs().amax(-1)
+    pieces = both.tokenizer.pieces(text)
+    read_aloud(pieces[: places[0]])
     for n in range(len(places)):
+        read_aloud(pieces[places[n] : places[n] + 1])
         top = p[n].maximum(q[n]).topk(CANDIDATE_WORDS).indices
         name_ids(both.tokenizer, top)
         tap(CANDIDATES, top.int(), "candidate")
@@ -133,8 +136,9 @@ SCENES_OF_ODDS = (
     Scene(
         "place",
         (
+            Tokens(name="text", title="The text, and the place that is looked at", fold=False),
             Facing(of(LAW_Q), of(LAW_P), of(CANDIDATES), "q, the guesser", "p, the target", name="laws",
-                   title="One place of the text", span=7, left_colour="key", right_colour="query", format=".1%"),
+                   title="What may stand there", span=7, left_colour="key", right_colour="query", format=".1%"),
             Bars(of(REST), of(CANDIDATES), name="rest", title="What replaces a rejected guess", span=5,
                  colour="value", format=".1%"),
             Numbers(
@@ -150,15 +154,15 @@ SCENES_OF_ODDS = (
             Curves(
                 (Line("measured", of(GAVE), "value", x=of(GAMMA)),
                  Line("formula", of(TOLD), "ink", dashed=True, x=of(GAMMA))),
-                name="lengths", title="Words a check gives", across="length", span=6, x_label="guesses", format=".2f",
+                name="lengths", title="Words a check gives", across="length", span=4, x_label="guesses", format=".2f",
             ),
             Curves(
                 (Line("measured", of(QUICKER), "value", x=of(GAMMA)),
                  Line("formula", of(FORETOLD), "ink", dashed=True, x=of(GAMMA))),
-                name="speed", title="Times as fast as the plain loop", across="length", span=6, x_label="guesses",
+                name="speed", title="Times as fast as the plain loop", across="length", span=4, x_label="guesses",
                 format=".2f",
             ),
-            Curves((Line("counted", of(DENSE), "query", x=of(GAMMA)),), name="dense", across="length",
+            Curves((Line("counted", of(DENSE), "query", x=of(GAMMA)),), name="dense", across="length", span=4,
                    title="FLOPs a byte of a check", x_label="guesses", format=".1f", low=0.0),
         ),
     ),

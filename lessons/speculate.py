@@ -29,6 +29,9 @@ from lessons.odds import (
 from lessons.texts import LIGHTHOUSE
 from lessons.views import Curves, Line, Number, Numbers, Saying, Sayings, of
 
+ALONE = site("tree.alone", "passes that the paths take, each alone")
+TOGETHER = site("tree.together", "passes that they take as a tree")
+APART = site("tree.apart", "largest difference of a logit between the two", low=0.0)
 OURS, LOOP = "guess", "plain"
 SAID = site("said.words", "the new words so far", grows="word")
 PASSES = site("said.passes", "passes of the target so far", low=0.0)
@@ -49,7 +52,7 @@ ASKS = {
     "Say a text again": ("again", chat(f"Repeat this text word by word: {PASSAGE}")),
     "Your own": ("own", ""),
 }
-TOY_ASKS = {"rainbow": 0, "again": 2}  # seeds of Toyland’s stories
+TOY_ASKS = {"rainbow": 8, "again": 5}  # seeds of Toyland’s stories
 OWN, ROOM = "own", 256  # tokens of a text at most
 
 
@@ -73,7 +76,7 @@ class Turn(Knobs):
         default="float32", objects={"32 bits": "float32", "16 bits": "bfloat16"}, label="Numbers",
         doc="In 16 bits a check costs less, and a tie of two words may fall the other way.",
     )  # fmt: skip
-    fallback = param.Number(0.6, bounds=(0.0, 1.0), step=0.05, label="BiLD: falls back below", doc="Its confidence.")
+    fallback = param.Number(0.3, bounds=(0.0, 1.0), step=0.05, label="BiLD: falls back below", doc="Its confidence.")
     rollback = param.Number(3.0, bounds=(0.0, 10.0), step=0.5, label="BiLD: rolls back above", doc="Surprise in nats.")
 
 
@@ -100,6 +103,8 @@ def _tree(knobs: Turn, both: Pair) -> int:
     draft = drawn(tree, both.tokenizer, follows=text, toy=both.toy)
     checked = check_tree(both, ids, draft, temperature=knobs.temperature, seed=1)
     sure = 1.0 if knobs.temperature else 0.0  # a chosen word: p alone says how often it stays
+    for name, value in ((ALONE, checked.passes), (TOGETHER, 1), (APART, checked.off)):
+        tap(name, value, "")
     grown, pruned = show_tree(both.tokenizer, ids[-1], len(ids), draft, checked, q=sure)
     said = [draft.tokens[node] for node in checked.verdict.accepted]
     note(tree={
@@ -144,9 +149,10 @@ def _write(knobs: Turn, both: Pair, ids: list[int], *, bild: bool, first: int) -
         said, measure = said + one.new, measure + words
         if told:  # the prompt's own pass is the same for both
             seconds, plain = seconds + one.seconds, plain + took
-        for stage in range(FINAL if told else 1):
-            show_round(both.tokenizer, last, place, one, stage=stage if told else FINAL - 1)
-            if stage == FINAL - 1 or not told:
+        for stage in range(FINAL) if len(one.draft) else (FINAL - 1,):
+            if len(one.draft) or len(said) < knobs.tokens:  # one last word that needs no guess leaves the tree as it is
+                show_round(both.tokenizer, last, place, one, stage=stage)
+            if stage == FINAL - 1:
                 _figures(both, one, words, passes=len(told) + 1, seconds=seconds, plain=plain, said=said, loop=measure)
             step()
             at += 1
@@ -284,7 +290,7 @@ BEATS = (
     Beat(
         "{name} reads them all in **one pass**. ==The mask|tree== shows each word the text, its own path and itself: "
         "each path reads as if alone: logits differ by {off:.0e}. {held} guesses hold; the rest is pruned, and the "
-        "target adds a word: “{said}”. Hover a guess.",
+        "target adds a word of its own: “{said}”",
         scene="tree", step="pruned", play=True, focus="tree", do=Do("Write a tree of your own", knob="tree"),
     ),
     Beat(
@@ -341,7 +347,17 @@ def _saying(by: str, label: str, colour: str) -> Saying:
 
 # fmt: off
 SCENES = (
-    Scene("tree", (tree_view("tree", "Your guesses, read in one pass", your_cell),)),
+    Scene(
+        "tree",
+        (
+            tree_view("tree", "Your guesses, read in one pass", your_cell),
+            Numbers(
+                (Number("Passes as a tree", of(TOGETHER), colour="value"), Number("Path by path", of(ALONE)),
+                 Number("Largest difference of a logit", of(APART), format=".1e")),
+                name="same", title="The same logits, measured",
+            ),
+        ),
+    ),
     Scene(
         "write",
         (
@@ -355,7 +371,7 @@ SCENES = (
             ),
             Numbers(
                 (Number("Words a pass", of(RATIO), format=".2f", colour="value"),
-                 Number("Guesses asked for", of(ASKED), colour="query"),
+                 Number("Guesses in a round", of(ASKED), colour="query"),
                  Number("Words alike", of(SAME), format=".0%")),
                 name="figures", title="So far", span=4,
             ),
@@ -367,7 +383,7 @@ SCENES = (
 
 
 def keep(knobs: Turn) -> dict[str, dict[str, Any]]:
-    return {name: {} for name in ("guess.*", "said.*", "place.*", "lengths.*")}
+    return {name: {} for name in ("tree.*", "guess.*", "said.*", "place.*", "lengths.*")}
 
 
 # fmt: off

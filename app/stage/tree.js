@@ -15,11 +15,11 @@ const FATE_MARKS = {
   text: "", guessed: "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0", accepted: "M-4.5 0.5L-1.5 3.5L4.5 -4", rejected: "M-4 -4L4 4M4 -4L-4 4",
   skipped: "M-4 0H4", corrected: "M4 -3.5H-1A3 3 0 0 0 -1 3.5H4M1.5 1L4 3.5L1.5 6", more: "M-4.5 0H4.5M0 -4.5V4.5",
 };
-const TREE_LEAF = 42; // pixels from one leaf to the next
-const TREE_CHIP = 26;
-const TREE_LETTER = 7.3; // pixels wide at 12 px
-const TREE_MARK_ROOM = 19;
-const TREE_FOOT = 34; // for the positions
+const TREE_LEAF = 50; // pixels from one leaf to the next
+const TREE_CHIP = 29;
+const TREE_LETTER = 7.9; // pixels wide at 13 px
+const TREE_MARK_ROOM = 21;
+const TREE_FOOT = 44; // for the positions
 const TREE_WIDE = 720; // pixels from which on the mask stands beside the tree
 
 export function guessTree(host, spec, context) {
@@ -98,7 +98,7 @@ export function guessTree(host, spec, context) {
   const plant = () => {
     const plan = arrangeTree();
     const wires = nodes.filter(({ parent }) => parent >= 0).map((node) => draw("path", { class: "tree-wire", "data-wire": node.i, d: wirePath(node, nodes[node.parent]) }));
-    const foot = plan.height - TREE_FOOT;
+    const foot = plan.height - TREE_FOOT + 6;
     const axis = context.bare ? [] : Array.from({ length: plan.columns }, (_, depth) => {
       const at = nodes.find((node) => node.depth === depth);
       const x = plan.column * (depth + 0.5);
@@ -107,7 +107,7 @@ export function guessTree(host, spec, context) {
         draw("text", { class: "tree-place", x, y: foot + 16, "text-anchor": "middle" }, Number.isFinite(at?.place) ? String(at.place) : ""),
       ];
     });
-    const caption = context.bare ? "" : draw("text", { class: "tree-caption", x: 2, y: plan.height - 3 }, "position id of all words of a column");
+    const caption = context.bare ? "" : draw("text", { class: "tree-caption", x: 2, y: plan.height - 4 }, "position id: one for all words of a column");
     picture.replaceChildren(...axis.flat(), ...wires, ...nodes.map(chipOf), caption);
     picture.setAttribute("viewBox", `0 0 ${plan.width} ${plan.height}`);
     const by = context.bare ? Math.min(1, (context.height || 170) / plan.height, host.clientWidth / plan.width) : 1;
@@ -129,7 +129,7 @@ export function guessTree(host, spec, context) {
       element.setAttribute("class", `tree-node fate-${node.fate}${spec.cell ? " opens" : ""}${line.has(node.i) ? " lit" : ""}${node.i === chosen ? " chosen" : ""}`);
       element.querySelector(".tree-mark").setAttribute("d", FATE_MARKS[node.fate] || "");
       const odds = element.querySelector(".tree-odds");
-      if (odds) odds.textContent = ["accepted", "rejected", "skipped"].includes(node.fate) && Number.isFinite(node.p) ? `p ${Number(node.p.toPrecision(2))}` : "";
+      if (odds) odds.textContent = ["accepted", "rejected", "skipped"].includes(node.fate) && Number.isFinite(node.p) ? node.p < 0.001 ? (node.wide < 56 ? "p<.001" : "p < 0.001") : `p ${Number(node.p.toPrecision(2))}` : "";
     }
     for (const element of picture.querySelectorAll(".tree-wire")) {
       const node = nodes[Number(element.dataset.wire)];
@@ -145,9 +145,9 @@ export function guessTree(host, spec, context) {
 
   const maskPlan = () => {
     const count = seen.length;
-    const label = count > 24 ? 8 : 62;
+    const label = count > 24 ? 8 : 60;
     const side = host.clientWidth >= TREE_WIDE ? maskSide() : Math.min(host.clientWidth, 360);
-    return { count, label, cell: Math.max(5, Math.min(24, (side - label - 14) / count)) };
+    return { count, label, cell: Math.max(5, Math.min(24, (side - label - 28) / count)) };
   };
 
   const paintMask = (line) => {
@@ -172,10 +172,10 @@ export function guessTree(host, spec, context) {
     });
     const row = chosen >= 0 && chosen < count ? draw("rect", { class: "tree-row", x: label - 2, y: label + chosen * cell - 2, width: count * cell + 3, height: cell + 3, rx: 3 }) : "";
     masking.replaceChildren(...Object.entries(kinds).map(([kind, d]) => draw("path", { class: `tree-cell-${kind}`, d })), ...names, row);
-    const side = label + count * cell + 4;
-    masking.setAttribute("viewBox", `0 0 ${side} ${side}`);
-    masking.style.width = `${side}px`;
-    masking.style.height = `${side}px`;
+    const [across, down] = [label + count * cell + 26, label + count * cell + 4]; // names of columns lean to the right
+    masking.setAttribute("viewBox", `0 0 ${across} ${down}`);
+    masking.style.width = `${across}px`;
+    masking.style.height = `${down}px`;
     masking.setAttribute("aria-label", `Each word sees the text, the words on its own path and itself: ${nodes.slice(1, 10).map((node) => `${node.word} sees ${[...lineage(node.parent)].reverse().map((i) => nodes[i].word).join(" ")}`).join("; ")}`);
   };
 
