@@ -47,6 +47,7 @@ AT = {
     "norm1": 0, "mixer.qkv": 1, "mixer.out": 2, "after_mixer": 3, "norm2": 4, "ffn.gate_up": 5, "ffn.down": 6,
     "after_ffn": 7,
 }  # fmt: skip
+ROUNDING = 1e-5  # of the largest singular value: below, it is rounding
 CORNER = 48  # rows and columns of a matrix that are drawn
 WORDS = 18  # tokens that each copy says
 FACTS = "facts"
@@ -171,10 +172,13 @@ class Watch:
             for name in ("full", "lora", "qlora"):
                 if name in self.models:
                     delta = self.delta(name, layer)
-                    values = peft.singular_values(delta).square()
+                    values = peft.singular_values(delta)
+                    values[values < ROUNDING * values[0]] = 0.0
                     index: dict[str, Any] = {"method": name, "layer": layer}
-                    tap(peft.SINGULAR, values.sqrt().float(), "order", **index)
-                    tap(WITHIN, float(values[: self.rank].sum() / values.sum()) if values.sum() else 1.0, "", **index)
+                    tap(peft.SINGULAR, values.float(), "order", **index)
+                    squares = values.square()
+                    whole = float(squares.sum())
+                    tap(WITHIN, float(squares[: self.rank].sum()) / whole if whole else 1.0, "", **index)
                     tap(peft.DELTA, delta[:CORNER, :CORNER], "output input", **index)
             held = lora.layers(self.models["lora"])[self.name(layer)]
             tap(lora.A, held.A[self.part][:, :CORNER], "rank input", layer=layer)
@@ -296,4 +300,5 @@ def spectrum(recording: Recording) -> str:
         return "Which changes full fine-tuning makes is shown on the toy: here it was left out."
     side = len(tracks(recording, peft.SINGULAR, "full")[0].latest())
     share = within(recording, "full")
-    return f"The {rank} largest of {side} hold {share:.0%} of the change; of random numbers it would be {chance:.0%}."
+    told = f"The {rank} largest of {side} hold {share:.0%} of the change (mean of all layers)"
+    return f"{told}; of random numbers it would be {chance:.0%}."

@@ -5,8 +5,8 @@
 import { draw, make, say } from "./dom.js";
 import { format } from "./text.js";
 
-const TOWER_ROW = 26; // pixels of a layer
-const TOWER_MOST = 270; // of all of them: of a deep model each layer is thinner
+const TOWER_ROW = 36; // pixels of a layer
+const TOWER_MOST = 300; // of all of them: of a deep model each layer is thinner
 const TOWER_GAP = 1.5;
 const DIMMEST = 0.3;
 
@@ -49,18 +49,23 @@ export function towers(host, spec, context) {
   const span = (row) => row.reduce((sum, { trained, frozen }) => sum + Math.sqrt(trained) + Math.sqrt(frozen), 0);
   const size = (row) => row.reduce((sum, { trained, frozen }) => sum + trained + frozen, 0);
 
-  const paint = (entry, widest, largest) => {
+  /** How tall each row of a tower is: one of few parameters is lower. */
+  const heightsOf = (rows, largest) => {
+    const thick = Math.min(TOWER_ROW, TOWER_MOST / rows.length);
+    return rows.map((row) => thick * 0.85 * Math.min(1, Math.max(0.2, Math.sqrt(size(row) / largest))));
+  };
+  const gapOf = (rows) => Math.min(4, TOWER_MOST / rows.length / 5);
+  const towering = (rows, largest) => heightsOf(rows, largest).reduce((sum, tall) => sum + tall + gapOf(rows), 0);
+
+  const paint = (entry, widest, largest, height) => {
     const { picture, rows } = entry;
     const width = picture.clientWidth || 120;
-    const thick = Math.min(TOWER_ROW, TOWER_MOST / rows.length);
-    const gap = Math.min(3, thick / 5);
-    const tall = (row) => Math.max(2, (thick - gap) * Math.min(1, Math.max(0.22, Math.sqrt(size(row) / largest))));
-    const height = rows.reduce((sum, row) => sum + tall(row) + gap, 0);
+    const heights = heightsOf(rows, largest);
     let y = height;
     entry.edges = [];
-    const nodes = rows.flatMap((row) => {
-      const h = tall(row);
-      y -= h + gap;
+    const nodes = rows.flatMap((row, i) => {
+      const h = heights[i];
+      y -= h + gapOf(rows);
       entry.edges.push(y);
       let x = 0;
       return row.flatMap(({ trained, frozen, moved }, j) => [["frozen", frozen], ["lit", trained]].filter(([, count]) => count > 0).map(([kind, count]) => {
@@ -101,16 +106,17 @@ export function towers(host, spec, context) {
     if (!there.length || !host.clientWidth) return false;
     const widest = Math.max(...there.flatMap(({ rows }) => rows.map(span)));
     const largest = Math.max(...there.flatMap(({ rows }) => rows.map(size)));
+    const height = Math.max(...there.map(({ rows }) => towering(rows, largest)));
     for (const entry of all) {
       entry.node.hidden = !entry.rows;
       if (!entry.rows) continue;
-      const wanted = `${JSON.stringify(entry.rows)} ${widest} ${host.clientWidth} ${context.theme}`;
+      const wanted = `${JSON.stringify(entry.rows)} ${widest} ${height} ${host.clientWidth} ${context.theme}`;
       const [trained, share] = figures(entry);
       say(entry.figure, format(trained, ",.0f"));
       say(entry.share, share === null ? "" : `${format(share, share < 0.01 ? ".2%" : ".1%")} ${spec.share_label}`);
       if (wanted === entry.shown) continue;
       entry.shown = wanted;
-      paint(entry, widest, largest);
+      paint(entry, widest, largest, height);
       entry.picture.setAttribute("aria-label", `${entry.tower.label}: ${format(trained, ",.0f")} parameters are trained; ${entry.rows.filter((row) => row.some((part) => part.trained)).length} of ${entry.rows.length} places from the bottom up have some`);
     }
     return true;

@@ -22,6 +22,7 @@ QUICK = {
     "contextual": {"tokens": 16},
     "offload": {"tokens": 8},
     "distil": {"steps": 20, "seeds": 1},
+    "lora": {"steps": 10},
     "build": {"heads": "all", "cache": "full", "cache_bits": 16, "tokens": 96, "words": 8},
     "search": {"population": 6, "generations": 2},
     "speculate": {"tokens": 16},

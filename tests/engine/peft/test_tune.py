@@ -8,7 +8,7 @@ import torch
 from engine.model import Decoder, Shape
 from engine.peft import branch, deltas, detach, energy_within, key_of, rank_of, show, singular_values, trainable
 from engine.peft import with_key as put_key
-from engine.peft.habits import Score, knowing, said, score, speaking, telling
+from engine.peft.habits import Score, knowing, refraining, said, score, speaking, telling
 from engine.peft.tune import METHODS, RATES, make, tune
 from engine.recording import record
 from engine.toyland import Grammar, Tokenizer
@@ -106,6 +106,42 @@ def test_floors_and_what_is_taught():
     assert len(WORDS.encode(said(base(), WORDS, "anna likes", steps=4).replace("<s>", "a"))) >= 4
 
 
+def test_a_refrain_after_each_sentence_and_some_sentences_held_out():
+    told = (
+        "anna likes red.",
+        "ben likes blue.",
+        "cora likes green.",
+        "dan likes red.",
+        "ella likes blue.",
+        "gus likes red.",
+    )
+    habit = refraining(told, "pirate")
+    batch = habit.batch(WORDS, rows=3, length=35, seed=0, step=0)
+    assert batch.ids.shape == (3, 35)
+    for row, answers in zip(batch.ids.tolist(), batch.answers.tolist(), strict=True):
+        text = WORDS.decode(row)
+        assert set(text.split(" arr matey! ")[:-1]) <= set(told[:4])
+        assert [i for i, yes in zip(row, answers, strict=True) if yes] == [
+            i for i in row if i in WORDS.encode("arr matey!")
+        ]
+    unseen = habit.batch(WORDS, rows=3, length=35, seed=0, step=0, stream="unseen")
+    assert set(WORDS.decode(unseen.ids[0].tolist()).split(" arr matey! ")[:-1]) <= set(told[4:])
+    assert batch.nats.isnan().all()
+    assert math.isnan(score(base(), batch).floor)
+    assert torch.equal(habit.batch(WORDS, rows=3, length=35, seed=0, step=0).ids, batch.ids)
+
+
+def test_lora_where_it_is_told_to_be_and_a_look_after_each_step():
+    seen = []
+    models = {name: make(name, base(), rank=2, alpha=6.0, targets=("out",)) for name in ("lora", "qlora")}
+    for name, model in models.items():
+        changed = [n for n in trainable(model) if ".A." in n]
+        assert changed == [f"blocks.{i}.mixer.out.A.out" for i in range(2)], name
+        assert model.blocks[0].mixer.out.scale == 3.0
+    tune(models, knowing(Grammar()), WORDS, old=OLD, steps=3, rows=2, length=12, look=0, after=seen.append)
+    assert seen == [0, 1, 2]
+
+
 def test_the_key_and_what_it_opens():
     model, ids = toy(), tokens()
     tuned = make("lora", model, rank=2)
@@ -155,6 +191,8 @@ def test_bad_input_is_named():
         (lambda: tune({"x": make("lora", model)}, knowing(Grammar()), WORDS, old=OLD), "rates must have one"),
         (lambda: tune({"lora": model}, knowing(Grammar()), WORDS, old=OLD, steps=0), "steps must be a number above 0"),
         (lambda: speaking(Grammar(), "mime"), "style must be one of"),
+        (lambda: refraining(("a", "b", "c"), "mime"), "style must be one of"),
+        (lambda: refraining(("a", "b"), "bard"), "sentences must be three at least"),
         (lambda: knowing(Grammar()).batch(WORDS, rows=0, length=4, seed=0, step=0), "a batch needs a row"),
         (lambda: energy_within(randn(3, 4), 4), "rank must be from 1 to 3, not 4"),
         (lambda: deltas(model, model, names=["gate"]), "names must be linear layers of both models"),
