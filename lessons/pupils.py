@@ -12,7 +12,7 @@ import torch
 from engine import cost
 from engine.caches.full import Full
 from engine.distil import layers, logits, restricted, synthetic
-from engine.distil.run import UNSEEN, WAYS, Plan, distil, over, saving, small, toyland
+from engine.distil.run import UNSEEN, WAYS, Plan, distil, over, saving, small, surprisal, toyland
 from engine.generate import generate
 from engine.model import Decoder
 from engine.recording import Recording, event, newest, note, record, site, step, tap
@@ -33,8 +33,8 @@ WARMTH = (0.5, 1.0, 1.5, 2.0, 4.0, 8.0)  # temperatures that one can look at
 READERS = ("truth", "teacher", *WAYS)
 NARROWER = {"toy": 3, "smollm2": 8}
 ALPHAS, HEATS = (0.0, 0.5, 1.0), (1.0, 2.0, 4.0, 8.0)  # of the map
-KNOWN = 32  # batches whose reading by the teacher is kept
-LONGER, SPECIAL = 2.5, {"temperature": 4.0, "alpha": 0.5}  # the specialist's steps, as many times; its loss
+KNOWN = 64  # batches whose reading by the teacher is kept
+LONGER, SPECIAL = 2.4, {"temperature": 4.0, "alpha": 0.5}  # the specialist's steps, as many times; its loss
 
 CURVE = site("distil.curve", "surprisal of texts that no student was trained on", low=0.0, unit="nats a word")
 AT = site("distil.at", "steps of training so far")
@@ -65,7 +65,9 @@ class School:
     names: tuple[int, ...]  # the tokenizer's id of each of the students' words
     allowed: Any = None  # the teacher's ids of them, where students know a part
     start: int = 2  # words of the prompt that the teacher writes from
+    called: str = "ever new texts"  # what they read, in words
     known: dict[Any, layers.Trace] = field(default_factory=dict)
+    newest: dict[Any, layers.Trace] = field(default_factory=dict)
 
     def teach(self, ids: Any) -> layers.Trace:
         """What the teacher makes of ids; texts that come again are not read again."""
@@ -73,9 +75,19 @@ class School:
         if key in self.known:
             return self.known[key]
         found = self.read(ids)
-        if len(self.known) < KNOWN:
-            self.known[key] = found
+        if len(self.known) == KNOWN:
+            self.known.pop(next(iter(self.known)))
+        self.known[key] = found
         return found
+
+    def answer(self, ids: Any) -> layers.Trace:
+        """What soft labels need of it, for the texts of one step: all seeds read the same."""
+        key = ids.cpu().numpy().tobytes()
+        if key not in self.newest:
+            self.newest.clear()
+            with record(keep={}), torch.no_grad():
+                self.newest[key] = layers.Trace(self.teacher(ids), [], [])
+        return self.newest[key]
 
     def read(self, ids: Any) -> layers.Trace:
         """The same, anew."""
@@ -129,7 +141,8 @@ def open_school(knobs: Any) -> tuple[School, Any]:
         unseen = batch(grammar, seed=0, step=0, rows=UNSEEN_ROWS, length=LENGTH, stream="test")
         shape = small(teacher.shape, layers=knobs.layers, narrower=knobs.narrower)
         told = toyland(plan, grammar, texts=knobs.texts)
-        return School(teacher, shape, plan, grammar, told, unseen, tuple(range(256))), tokenizer
+        called = f"{knobs.texts} texts" if knobs.texts else "ever new texts"
+        return School(teacher, shape, plan, grammar, told, unseen, tuple(range(256)), called=called), tokenizer
     return _real(teacher, tokenizer, knobs, plan), tokenizer
 
 
@@ -154,7 +167,10 @@ def _real(teacher: Any, tokenizer: Any, knobs: Any, plan: Plan) -> School:
 
     shape = replace(small(teacher.shape, layers=knobs.layers, narrower=NARROWER["smollm2"]), vocab=len(allowed))
     plan = replace(plan, corpus=32)
-    return School(teacher, shape, plan, None, told, batched(unseen), tuple(allowed.tolist()), allowed.to(device), 8)
+    return School(
+        teacher, shape, plan, None, told, batched(unseen), tuple(allowed.tolist()), allowed.to(device), 8,
+        called=f"{len(read)} stretches of three short texts",
+    )  # fmt: skip
 
 
 class Watch:
@@ -302,27 +318,27 @@ def race(school: School, watch: Watch) -> None:
     )  # fmt: skip
 
 
-def map_plan(plan: Plan, *, seeds: int) -> Plan:
-    """How each cell of the map is trained: half as long as the four."""
-    return replace(plan, steps=max(10, plan.steps // 2), look=STRIDE, seeds=tuple(range(seeds)))
+def map_plan(plan: Plan) -> Plan:
+    """How each cell of the map is trained: half as long as the four, one seed."""
+    return replace(plan, steps=max(10, plan.steps // 2), look=STRIDE, seeds=(0,))
 
 
-def mapped(school: School, *, seeds: int) -> None:
+def mapped(school: School) -> None:
     """α and T, a cell after the other."""
     phase("map")
-    plan = map_plan(school.plan, seeds=seeds)
+    plan = map_plan(school.plan)
     over(
         school.teacher, school.shape, plan, alphas=ALPHAS, temperatures=HEATS, texts=school.texts,
         unseen=school.unseen, teach=school.teach,
     )  # fmt: skip
-    note(map_seeds=seeds, map_steps=plan.steps)
+    note(map_steps=plan.steps)
 
 
 def steps_of(school: School) -> int:
     """How many steps the page will have."""
     plan, cells = school.plan, (len(ALPHAS) - 1) * len(HEATS) + 1
     special = -(-int(LONGER * plan.steps) // STRIDE) if school.grammar else 1
-    return 2 + plan.steps + cells * -(-map_plan(plan, seeds=1).steps // STRIDE) + special
+    return 2 + plan.steps + cells * -(-map_plan(plan).steps // STRIDE) + special
 
 
 def specialist(school: School, watch: Watch) -> None:
@@ -331,7 +347,7 @@ def specialist(school: School, watch: Watch) -> None:
     plan = replace(school.plan, steps=int(LONGER * school.plan.steps), look=STRIDE, **SPECIAL)
 
     def look(students: Mapping[tuple[str, int], Any], at: int) -> None:
-        nats = [float(newest(UNSEEN, way="soft", seed=seed)) for seed in plan.seeds]  # type: ignore[arg-type]
+        nats = [surprisal(student.model, watch.unseen) for student in students.values()]
         for of, value in (("mean", np.mean(nats)), ("low", min(nats)), ("high", max(nats))):
             tap(CURVE, float(value), "", way="specialist", of=of)
         tap(AT, at, "", of="specialist")
@@ -343,9 +359,10 @@ def specialist(school: School, watch: Watch) -> None:
         tap(CURVE, float("nan"), "", way="specialist", of="mean")
         step(label="no endless texts here")
         return
+    told = toyland(plan, school.grammar)
     distil(
-        school.teacher, school.shape, plan, ways=("soft",), texts=toyland(plan, school.grammar), unseen=school.unseen,
-        look=look, stride=STRIDE,
+        school.teacher, school.shape, plan, ways=("soft",), texts=lambda seed, at: told(0, at), unseen=school.unseen,
+        teach=school.answer, look=look, told=False, stride=STRIDE,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -127,8 +128,8 @@ class Student:
             found["attention"] = (plan.inside, layers.attention_loss(own, taught, self.g))
         return found
 
-    def learn(self, ids: Tensor, taught: layers.Trace | None, *, rate: float) -> None:
-        """One step; its loss and terms are tapped."""
+    def learn(self, ids: Tensor, taught: layers.Trace | None, *, rate: float, told: bool = True) -> None:
+        """One step; its loss and terms are tapped if `told`."""
         terms = self.terms(ids, taught)
         loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
         for group in self.optimiser.param_groups:
@@ -137,6 +138,8 @@ class Student:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
         self.optimiser.step()
+        if not told:
+            return
         tap(LOSS, loss, "", way=self.way, seed=self.seed)
         for name, (_, term) in terms.items():
             tap(TERM, term, "", term=name, way=self.way, seed=self.seed)
@@ -159,11 +162,13 @@ def distil(
     teach: Teach | None = None,
     write: Write | None = None,
     look: Callable[[Students, int], None] | None = None,
+    told: bool = True,
     stride: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Students:
     """Train a student for each way and seed, side by side; their surprisal on `unseen` is tapped every few steps, and
-    `look` is called with the students and the steps done. A step of the recording is `stride` steps of training.
+    `look` is called with the students and the steps done. Not `told`, only `look` tells. A step of the recording is
+    `stride` steps of training.
 
     `teach` and `write` stand for a teacher that speaks within fewer words than it knows; its students' vocabulary is
     then that of the traces.
@@ -176,14 +181,15 @@ def distil(
     device = teacher.embed.weight.device
     test = unseen or batch(Grammar(), seed=0, step=0, rows=plan.unseen_rows, length=plan.length, stream="test")
     ids = test.ids.to(device)
-    teach = teach or (lambda read: layers.trace(teacher, read))
+    if teach is None:
+        teach = partial(layers.trace if told or "layers" in ways else _answers, teacher)
     write = write or (lambda seed: _written(teacher, ids[0, :1], plan, seed))
     students = {(way, seed): Student(way, teacher, shape, plan, seed=seed) for seed in plan.seeds for way in ways}
     written = {seed: write(seed).to(device) for seed in plan.seeds if "synthetic" in ways}
     with torch.inference_mode(False), torch.enable_grad():
         for at in range(plan.steps):
             if at % plan.look == 0:
-                _show(students, teach, ids, at, look)
+                _show(students, teach if told else None, ids, at, look)
             for seed in plan.seeds:
                 real = texts(seed, at).ids.to(device) if set(ways) != {"synthetic"} else None
                 taught = None
@@ -192,9 +198,9 @@ def distil(
                         taught = teach(real[:, :-1])
                 for way in ways:
                     own = _rows(written[seed], plan, at) if way == "synthetic" or real is None else real
-                    students[way, seed].learn(own, taught, rate=plan.rate * (1 - at / plan.steps))
+                    students[way, seed].learn(own, taught, rate=plan.rate * (1 - at / plan.steps), told=told)
             if at + 1 == plan.steps:
-                _show(students, teach, ids, plan.steps, look)
+                _show(students, teach if told else None, ids, plan.steps, look)
             if (at + 1) % stride == 0 or at + 1 == plan.steps:
                 step()
             if progress is not None:
@@ -202,6 +208,11 @@ def distil(
     for student in students.values():
         student.model.eval().requires_grad_(False)
     return students
+
+
+def _answers(teacher: Decoder, ids: Tensor) -> layers.Trace:
+    """What soft labels need of the teacher: no insides."""
+    return layers.Trace(teacher(ids), [], [])
 
 
 def _written(teacher: Decoder, start: Tensor, plan: Plan, seed: int) -> Tensor:
@@ -246,17 +257,19 @@ def over(
 
             distil(
                 teacher, shape, replace(plan, alpha=alpha, temperature=temperature), ways=("soft",), texts=texts,
-                unseen=test, teach=teach, look=look, stride=plan.look,
+                unseen=test, teach=teach, look=look, told=False, stride=plan.look,
             )  # fmt: skip
     return rows
 
 
-def _show(students: Students, teach: Teach, ids: Tensor, at: int, look: Callable[[Students, int], None] | None) -> None:
+def _show(
+    students: Students, teach: Teach | None, ids: Tensor, at: int, look: Callable[[Students, int], None] | None
+) -> None:
     for (way, seed), student in students.items():
-        if recording_on(UNSEEN, way=way, seed=seed):
+        if teach is not None and recording_on(UNSEEN, way=way, seed=seed):
             tap(UNSEEN, surprisal(student.model, ids), "", way=way, seed=seed)
     first = min(seed for _, seed in students)  # one seed's alignment is enough to look at
-    if recording_on(layers.ALIGNMENT):
+    if teach is not None and recording_on(layers.ALIGNMENT):
         with torch.no_grad():
             taught = teach(ids[:4, :-1])
             for (way, seed), student in students.items():

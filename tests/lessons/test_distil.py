@@ -49,7 +49,7 @@ def test_before_training_a_students_cell_says_so(recording):
 
 
 def test_the_story_asks_and_its_odds_are_those_of_the_grammar():
-    school, tokenizer = pupils.open_school(knobs_of())
+    school, _ = pupils.open_school(knobs_of())
     row, asked = school.story()
     ids = school.unseen.ids[row]
     assert VOCABULARY[int(ids[asked - 1])] == "?"
