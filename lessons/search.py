@@ -341,8 +341,8 @@ SCENES = (
         "race",
         (
             Curves(
-                name="race", title="Skill or luck", note="lowest perplexity so far, at what the largest expects", height=330,
-                format=".3f",
+                name="race", title="Skill or luck", note="lowest perplexity so far, at what the largest expects",
+                height=330, format=".3f",
                 lines=(*_race("evolution", "evolution", "recent"), *_race("chance", "chance", "kept")),
                 x_label="candidates looked at", y_label="perplexity",
             ),

@@ -185,6 +185,7 @@ def compete(search: Search, limits: Mapping[str, float], *, seed: int) -> Candid
     """Evolution and pure chance, look for look, with some seeds; the first pair is shown candidate by candidate."""
     tap(ENDS, np.array([search.costs["ms"](s) for s in (SPACE.smallest, SPACE.largest)]), "end", of="ms")
     tap(ENDS, np.array([search.score(s) for s in (SPACE.smallest, SPACE.largest)]), "end", of="perplexity")
+    tap(LIMIT, np.array([search.score(s) for s in (SPACE.smallest, SPACE.largest)]), "end", of="perplexity")
     best: Candidate | None = None
     results: dict[str, list[float]] = {"evolution": [], "chance": []}
     unseen: dict[str, list[float]] = {"evolution": [], "chance": []}
@@ -237,9 +238,7 @@ def _show(
         tap(WEIGHTS, best.costs["MB"], "")
         tap(LOOKS, len(all_of), "", by="now", seed=0)
         tap(BEST, best.score, "", by="now", seed=0)
-    scores = [c.score for c in all_of]
     tap(LIMIT, np.array([limits["ms"]] * 2), "end", of="ms")
-    tap(LIMIT, np.array([min(scores), max(scores)]), "end", of="perplexity")
 
 
 def several(
