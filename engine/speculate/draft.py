@@ -33,8 +33,8 @@ from engine.weights import ModelUnavailable, read_tensors
 
 DRAFT = Path(__file__).parent.parent.parent / "assets" / "models" / "drafts" / "smollm2.safetensors"
 WORDS = 6144  # words that the draft can say
-BATCHES = 10  # files of texts
-STEPS = 650
+BATCHES = 30  # files of texts
+STEPS = 4000
 PROMPT = 32  # tokens of a seed prompt at most: the end marks among them end no text
 FEATURE = 0.2  # weight of the features in the loss
 
