@@ -106,12 +106,16 @@ class Lean:
     def cache(self) -> Cache:
         return self.memory.cache(self.model)
 
-    def say(self, ids: Tensor | Sequence[int], *, steps: int) -> Callable[[], int]:
-        """A function that gives the next of `steps` likeliest tokens after `ids`, each time that it is called."""
+    def say(
+        self, ids: Tensor | Sequence[int], *, steps: int, temperature: float = 0.0, seed: int = 0
+    ) -> Callable[[], int]:
+        """A function that gives the next of `steps` tokens after `ids`, each time that it is called. Models that don't
+        guess draw by the same dice: where their laws agree, so do their words."""
+        how = {"steps": steps, "temperature": temperature, "seed": seed}
         if self.guesses:
-            told = speculate(self.model, ids, steps=steps, drafter=Lookup(length=self.guesses))
+            told = speculate(self.model, ids, drafter=Lookup(length=self.guesses), **how)  # type: ignore[arg-type]
         else:
-            told = generate(self.model, ids, steps=steps, cache=self.cache())
+            told = generate(self.model, ids, cache=self.cache(), **how)  # type: ignore[arg-type]
         return lambda: next(told)
 
 

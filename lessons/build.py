@@ -79,7 +79,11 @@ class Turn(Knobs):
     cache_bits: param.Selector = param.Selector(
         default=4, objects={"16": 16, "8": 8, "4": 4, "2": 2}, label="Cache bits", doc="Of each key and value kept.",
     )  # fmt: skip
-    guess = param.Boolean(False, label="Guess ahead", doc="Look up what followed before, and check it in one pass.")
+    guess = param.Boolean(
+        False,
+        label="Guess ahead",
+        doc="Look up what followed before, and check it in one pass. Then both answers take the likeliest words.",
+    )
     allowed = param.Integer(10, bounds=(1, 100), label="Error budget", doc="Percent by which perplexity may rise.")
     text: param.Selector = param.Selector(
         default="bread", objects={"The lighthouse": "lighthouse", "Bread": "bread", "The licence": "licence"},
@@ -260,8 +264,9 @@ BEATS = (
         "times.", scene="stack", step="stacked", play=True, focus="ledger",
     ),
     Beat(
-        "Numbers don’t talk. ==Both models|answers== go on from the same words, one token at a time, each taking the "
-        "likeliest: {parted}. A different word need not be a worse one. Read both.",
+        "Numbers don’t talk. ==Both models|answers== go on from the same words, token by token, with the same dice: "
+        "{parted}. A different word need not be a worse one. Read both: where does the lean one invent what the "
+        "original had read?",
         scene="answers", step="last", play=True, focus="answers",
     ),
     Beat(
@@ -324,7 +329,7 @@ SCENES = (
         "answers",
         (
             Sayings(
-                name="answers", title="The same prompt, two answers", note="each takes its likeliest token",
+                name="answers", title="The same prompt, two answers", note="drawn by the same dice",
                 sayings=(
                     Saying("The original", of(SAID, of="original")),
                     Saying("The lean one", of(SAID, of="lean"), colour="recent"),
@@ -348,5 +353,10 @@ LESSON = Lesson(
     code=("engine.stack:rounded", "engine.stack:weight_bytes", "engine.caches.snapped:Snapped", "engine.ledger:judge"),
     looks=frozenset({"allowed"}), facts=facts, marks=marks, glossary=GLOSSARY, step_word="step", seconds=600,
     trains=True,
+    snapshots={
+        "Two bits, mended": {"bits": 2, "mend": 20},
+        "Guessing ahead, with a full cache": {"guess": True, "cache": "full", "cache_bits": 16},
+        "Pruned, then rounded": {"prune": "smallest"},
+    },
     footnote=f"Bytes are counted as a file would hold them, the original at {FLOAT} bits a number.",
 )  # fmt: skip

@@ -52,8 +52,9 @@ TEXTS_READ = 8  # Toyland's texts are short: so many are read at once
 QUESTIONS, LENGTH = 6, 160  # of SmolLM2: a number told, then filler, then asked for
 GUESSED = 6  # tokens looked up at a time
 DRAWN = 48  # tokens by which the work of a guessing model is counted
-QUESTION = "Question: Why does bread rise when it is baked?\nAnswer:"
-STORY = {"seed": 4, "tokens": 150}
+QUESTION = "<|im_start|>user\nWhy does bread rise when it is baked?<|im_end|>\n<|im_start|>assistant\n"
+STORY = {"seed": 4, "tokens": 140}
+TEMPERATURE = 0.7  # of the answers
 
 
 def refuse(knobs: Any) -> None:
@@ -216,8 +217,13 @@ def _pruned(knobs: Any, lean: Lean, at: Bench) -> Lean:
 
 
 def answer(at: Bench, lean: Lean, tokenizer: Any, words: int) -> None:
-    """The original and the lean model go on from the same prompt, a token a step."""
-    both = {"original": at.original.say(at.prompt, steps=words), "lean": lean.say(at.prompt, steps=words)}
+    """The original and the lean model go on from the same prompt, a token a step: by the same dice, or, where guesses
+    are checked, whose dice are their own, without any."""
+    warm = 0.0 if lean.guesses else TEMPERATURE
+    both = {
+        name: one.say(at.prompt, steps=words, temperature=warm)
+        for name, one in (("original", at.original), ("lean", lean))
+    }
     said: dict[str, list[int]] = {name: [] for name in both}
     tap(ASKED, np.array(at.prompt, np.int32), "token")
     name_ids(tokenizer, np.array(at.prompt))
