@@ -52,6 +52,8 @@ from lessons.views import (
     Plane,
     Points,
     Routes,
+    Saying,
+    Sayings,
     Slots,
     Stack,
     Stretches,
@@ -209,6 +211,7 @@ READERS = site("demo.readers", "tables that point to each block")
 SPARE = site("demo.spare", "blocks on the free list")
 KEPT_LONG = site("demo.kept_long", "stretches of one memory")
 ROOM = site("demo.room", "slots of the memory")
+SAID = site("demo.said", "the words that a model says", grows="token")
 
 
 def _pages(tables: Tables, t: int) -> None:
@@ -242,9 +245,12 @@ def shared_recording(steps: int = 24) -> Recording:
     tables = Tables(14, block_size=4)
     with record(budget=10**8) as recorder:
         note(model={"name": "Toyland", "kind": "toy"})
+        event("text.words", words={str(t): WORDS[t] for t in range(steps)})
         for t in range(steps):
             event("text.token", piece=(" " if t else "") + WORDS[t])
             _pages(tables, t)
+            for who, word in (("first", t), ("second", t if t < 9 else t // 2)):
+                tap(SAID, np.array([word], np.int32), "token", who=who)
             tap(GROUPS, np.arange(8) // [1, 2, 4, 8][min(3, t // 6)], "head")
             gates = np.where(rng.random(8) < 0.3, rng.random(8), 0.0).astype(np.float32)
             tap(ROUTED, (gates / max(1e-9, gates.sum()))[None], "query expert")
@@ -297,6 +303,13 @@ SHARED_SCENE = Scene(
         Tries(
             of(LEDGER, column=0), of(LEDGER, column=1), of(STEPS_USED), "bytes", "perplexity", allowed=10.0,
             title="All tries", name="tries",
+        ),
+        Sayings(
+            (
+                Saying("The first", of(SAID, who="first"), (Number("slots", of(ROOM)),)),
+                Saying("The second", of(SAID, who="second"), (Number("slots", of(ROOM)),), colour="key"),
+            ),
+            title="What they say", name="sayings",
         ),
         Plane(
             points=(
