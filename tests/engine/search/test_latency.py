@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from engine.model import Decoder, Shape
 from engine.recording import record
 from engine.search import latency
-from engine.search.latency import Predictor, compare, fit, parameters, rank_correlation, timings
+from engine.search.latency import Predictor, compare, fit, laps, parameters, rank_correlation, timings
 from engine.search.supernet import Space, Subnet, extract
 
 SPACE = Space(layers=(2, 3, 4, 5), heads=(2, 4), ffn_width=(8, 16, 24, 32))
@@ -84,6 +84,18 @@ def test_timings_are_of_the_subnets_in_their_order():
     assert 0 < 3 * ms[1] < ms[0] < 10_000
 
 
+def test_laps_come_one_by_one():
+    shape = Shape(vocab=50, width=32, layers=5, heads=4, kv_heads=4, head_width=8, ffn_width=32)
+    model, read = Decoder(shape).eval(), []
+    running = laps(model, some(3), torch.zeros(1, 4, dtype=torch.long), repeats=3)
+    for lap in running:
+        read.append(lap)
+        assert len(lap) == 3
+        assert min(lap) > 0
+    assert len(read) == 3
+    assert len({tuple(lap) for lap in read}) == 3
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -95,6 +107,7 @@ def test_timings_are_of_the_subnets_in_their_order():
         (lambda: rank_correlation(torch.ones(1), torch.ones(1)), "two at least"),
         (lambda: timings(None, [], torch.zeros(1, 1)), "subnets not empty"),
         (lambda: timings(None, some(1), torch.zeros(1, 1), repeats=0), "repeats"),
+        (lambda: laps(None, [], torch.zeros(1, 1), repeats=1), "subnets not empty"),
     ],
 )
 def test_errors(call, words):
