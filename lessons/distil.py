@@ -61,54 +61,49 @@ def run(knobs: Turn) -> None:
         real=knobs.model != TOY,
     )  # fmt: skip
     watch = pupils.Watch(school, tokenizer)
+    pupils.weigh(school)
     pupils.race(school, watch)
     pupils.mapped(school)
     pupils.specialist(school, watch)
-    pupils.weighed(school)
 
 
 def facts(recording: Recording) -> dict[str, Any]:
-    meta = recording.meta
-    ends = {way: recording.stack(CURVE, way=way, of="mean").astype(float) for way in WAYS}
-    at = recording.stack(AT, of="hard").astype(int)
-    right = {name: float(recording.track(RIGHT, reader=name).latest()) for name in ("teacher", *WAYS)}
+    """What is known by now: of a run that was stopped, as much as there is."""
+    meta, ends = recording.meta, {"begun": min(1, recording.steps - 1), "last": recording.steps - 1}
+    raced = _at(recording, "map") - 1
     came = int(recording.track(pupils.LABEL, place=2).latest().argmax())
     sure = recording.track(SOFT, place=2, reader="teacher").latest()[:, came].astype(float)
-    grid = recording.track(MAP).latest().astype(float)
-    best = np.unravel_index(np.nanargmin(grid), grid.shape)
-    takes = {
-        name: {kind: _takes(recording, name, kind) for kind in ("parameters", "ms")} for name in ("teacher", "student")
-    }
     # fmt: off
-    return {
-        **{way: float(line[-1]) for way, line in ends.items()}, **{f"right_{k}": v for k, v in right.items()},
-        **{key: meta[key] for key in ("teacher", "seeds", "training")}, "name": meta["model"]["name"],
-        "context": " ".join(meta["contexts"][0].split()[-7:]), "came": meta["came"][0], "sure": meta["sure"][0],
-        "doubt": _doubt(meta), "words": meta["words"],
-        "certain": sure[1], "certain_hot": sure[4], "certain_word": meta["came"][2],
-        "texts_told": meta["texts"],
-        "heart": _by_heart(ends["hard"], at), "before": float(ends["hard"][0]),
-        "alike_first": float(recording.stack(pupils.MATCHED, way="layers")[0]),
-        "alike_layers": float(recording.stack(pupils.MATCHED, way="layers")[-1]),
-        "alike_hard": float(recording.stack(pupils.MATCHED, way="hard")[-1]),
-        "without": float(grid[0, 0]), "best": float(grid[best]), "best_alpha": ALPHAS[best[0]],
-        "best_heat": HEATS[best[1]], "map_told": _map_told(meta),
-        "times": meta["times"]["flops"], "times_bytes": meta["times"]["bytes"], "times_ms": meta["times"]["time"],
-        "big": takes["teacher"]["parameters"], "little": takes["student"]["parameters"],
-        "special": float(np.mean(meta["special"])) if "special" in meta else float("nan"),
-        "special_told": _special_told(meta), "asked": _asked(meta, right),
-        "begun": 1, "raced": _at(recording, "map") - 1, "mapped": _at(recording, "specialist") - 1,
-        "grown": _at(recording, "cost") - 1, "last": recording.steps - 1,
+    found: dict[str, Any] = ends | {
+        "name": meta["model"]["name"], "context": " ".join(meta["contexts"][0].split()[-7:]), "came": meta["came"][0],
+        "sure": meta["sure"][0], "doubt": _doubt(meta), "words": meta["words"], "certain": sure[1],
+        "certain_hot": sure[4], "certain_word": meta["came"][2], "texts_told": meta["texts"], "raced": raced,
+        "training": meta["training"], "seeds": meta["seeds"],
     }
+    if "times" in meta:
+        found |= {"times": meta["times"]["flops"], "times_bytes": meta["times"]["bytes"],
+                  "times_ms": meta["times"]["time"]}
+    if recording.has(CURVE, way="hard", of="mean"):
+        lines = {way: recording.stack(CURVE, way=way, of="mean").astype(float) for way in WAYS}
+        alike = {way: recording.stack(pupils.MATCHED, way=way).astype(float) for way in ("layers", "hard")}
+        right = {name: float(recording.track(RIGHT, reader=name).latest()) for name in ("teacher", *WAYS)}
+        found |= {
+            **{f"nats_{way}": float(line[-1]) for way, line in lines.items()}, "teacher": meta["teacher"],
+            "heart": _by_heart(lines["hard"], recording.stack(AT, of="hard").astype(int)), "asked": _asked(meta, right),
+            "alike_first": alike["layers"][0], "alike_layers": alike["layers"][-1], "alike_hard": alike["hard"][-1],
+        }
+    if recording.has(MAP):
+        grid = recording.track(MAP).latest().astype(float)
+        best = np.unravel_index(np.nanargmin(grid), grid.shape)
+        found |= {"without": grid[0, 0], "best": grid[best], "best_alpha": ALPHAS[best[0]], "best_heat": HEATS[best[1]],
+                  "map_told": f"{meta['map_steps']} steps a cell, one seed"}
     # fmt: on
-
-
-def _takes(recording: Recording, name: str, kind: str) -> float:
-    return float(recording.track(TAKES, of=name, kind=kind).latest())
+    return found | {"special": float(np.mean(meta.get("special", np.nan))), "special_told": _special_told(meta)}
 
 
 def _at(recording: Recording, phase: str) -> int:
-    return next(e.step for e in recording.happened("distil.phase") if e.fields["phase"] == phase)
+    """The first step of a phase; the end where it never came."""
+    return next((e.step for e in recording.happened("distil.phase") if e.fields["phase"] == phase), recording.steps)
 
 
 def _doubt(meta: dict[str, Any]) -> str:
@@ -132,11 +127,9 @@ def _asked(meta: dict[str, Any], right: dict[str, float]) -> str:
     return f"Of all unseen questions the teacher gets {right['teacher']:.0%} right; {told}."
 
 
-def _map_told(meta: dict[str, Any]) -> str:
-    return f"{meta['map_steps']} steps a cell, one seed"
-
-
 def _special_told(meta: dict[str, Any]) -> str:
+    if "special" not in meta and not meta["real"]:
+        return ""
     if "special" not in meta:
         return "SmolLM2’s class has three texts only: whether it could beat its teacher is not tried."
     mean, teacher = float(np.mean(meta["special"])), meta["teacher"]
@@ -149,7 +142,7 @@ def _special_told(meta: dict[str, Any]) -> str:
 
 
 def marks(recording: Recording) -> list[Mark]:
-    said = {"race": "four students", "map": "α and T", "specialist": "a specialist", "cost": "the price"}
+    said = {"race": "four students", "map": "α and T", "specialist": "a specialist"}
     return [Mark(min(e.step, recording.steps - 1), said[e.fields["phase"]])
             for e in recording.happened("distil.phase") if e.fields["phase"] in said]  # fmt: skip
 
@@ -164,12 +157,14 @@ def _mixed(recording: Recording) -> Finding:
 
 def _few(recording: Recording) -> Finding:
     f = facts(recording)
-    filled = f"{f['texts_told']}, {f['training']} steps, {f['seeds']} seeds: {f['hard']:.3f} → {f['soft']:.3f}"
-    good = f["soft"] < f["hard"]
+    filled = (
+        f"{f['texts_told']}, {f['training']} steps, {f['seeds']} seeds: {f['nats_hard']:.3f} → {f['nats_soft']:.3f}"
+    )
+    good = f["nats_soft"] < f["nats_hard"]
     why = f"Nats a word, less is better; the teacher has {f['teacher']:.3f}."
     if not good:
-        why = f"With so many texts right words say enough. {why}"
-    return Finding(f"{f['hard']:.2f} → {f['soft']:.2f}", "agrees" if good else "differs", why, filled)
+        why = f"With fresh texts, or after few steps, right words do as well. {why}"
+    return Finding(f"{f['nats_hard']:.2f} → {f['nats_soft']:.2f}", "agrees" if good else "differs", why, filled)
 
 
 def _beats(recording: Recording) -> Finding:
@@ -199,14 +194,13 @@ def _cheaper(recording: Recording) -> Finding:
 
 def _synthetic(recording: Recording) -> Finding:
     f = facts(recording)
-    filled = (
-        f"right words {f['hard']:.3f}, the teacher’s own texts {f['synthetic']:.3f}, equal steps, {f['seeds']} seeds"
-    )
-    good = f["synthetic"] < f["hard"]
+    both = f"right words {f['nats_hard']:.3f}, the teacher’s own texts {f['nats_synthetic']:.3f}"
+    filled = f"{both}, equal steps, {f['seeds']} seeds"
+    good = f["nats_synthetic"] < f["nats_hard"]
     why = "It never read a real text. The teacher wrote as many as were wanted."
     if not good:
         why = f"Real texts teach more where there are enough of them. {why}"
-    return Finding(f"{f['hard']:.2f} vs {f['synthetic']:.2f}", "agrees" if good else "differs", why, filled)
+    return Finding(f"{f['nats_hard']:.2f} vs {f['nats_synthetic']:.2f}", "agrees" if good else "differs", why, filled)
 
 
 HINTON, CHAPTER = "Hinton 2015, 1503.02531", "architectures"
@@ -239,11 +233,12 @@ BEATS = (
         "==right words|curve==, one [[soft labels]], one the teacher’s layers too, all from the same {texts_told}. The "
         "fourth reads what the teacher wrote. The teacher’s surprisal is {teacher:.2f}.", scene="race", step="begun",
         focus="curve", knobs={"place": 0, "look": 1},
-        predict=Predict("Right words alone will end at about", (0.8, 1.2, 1.7, 3.0), "hard", unit="nats"),
+        predict=Predict("Right words alone will end at about", (0.8, 1.2, 1.7, 3.0), "nats_hard", unit="nats"),
     ),
     Beat(
-        "==Right words|curve== end at {hard:.2f}. {heart} Soft labels: {soft:.2f}. Same texts, same steps, but each "
-        "word brought a whole row of odds. Layers: {layers:.2f}. The teacher’s own texts: {synthetic:.2f}.",
+        "==Right words|curve== end at {nats_hard:.2f}. {heart} Soft labels: {nats_soft:.2f}. Same texts, same steps, "
+        "but each word brought a whole row of odds. Layers: {nats_layers:.2f}. The teacher’s own texts: "
+        "{nats_synthetic:.2f}.",
         scene="race", step="raced", play=True, focus="curve",
     ),
     Beat(

@@ -327,18 +327,18 @@ def mapped(school: School) -> None:
     """α and T, a cell after the other."""
     phase("map")
     plan = map_plan(school.plan)
+    note(map_steps=plan.steps)
     over(
         school.teacher, school.shape, plan, alphas=ALPHAS, temperatures=HEATS, texts=school.texts,
         unseen=school.unseen, teach=school.teach,
     )  # fmt: skip
-    note(map_steps=plan.steps)
 
 
 def steps_of(school: School) -> int:
     """How many steps the page will have."""
     plan, cells = school.plan, (len(ALPHAS) - 1) * len(HEATS) + 1
     special = -(-int(LONGER * plan.steps) // STRIDE) if school.grammar else 1
-    return 2 + plan.steps + cells * -(-map_plan(plan).steps // STRIDE) + special
+    return 1 + plan.steps + cells * -(-map_plan(plan).steps // STRIDE) + special
 
 
 def specialist(school: School, watch: Watch) -> None:
@@ -366,9 +366,8 @@ def specialist(school: School, watch: Watch) -> None:
     )  # fmt: skip
 
 
-def weighed(school: School) -> None:
+def weigh(school: School) -> None:
     """What a token takes: counted from the shapes, and timed."""
-    phase("cost")
     teacher, small_one = school.teacher, Decoder(school.shape, seed=0).to(school.teacher.embed.weight.device)
     ids = {"teacher": [1, 2, 3, 4], "student": [1, 2, 3, 4]}
     models = {"teacher": teacher, "student": small_one.requires_grad_(False)}
@@ -388,7 +387,6 @@ def weighed(school: School) -> None:
         for kind, value in counts.items():
             tap(TAKES, float(value), "", of=name, kind=kind)
     note(times=times)
-    step(label="counted")
 
 
 def loss_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithmetic:
