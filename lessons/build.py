@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from lessons.stacking import (
     refuse,
     stack,
 )
-from lessons.views import Column, Entry, Ledger, Number, Saying, Sayings, Tries, knob, of
+from lessons.views import Arithmetic, Column, Entry, Ledger, Number, Saying, Sayings, Tries, knob, of
 
 TENTH = 0.1  # the rise of perplexity that the lesson asks about
 
@@ -311,9 +312,33 @@ FIGURES = (
     Column("perplexity", ".2f"),
     Column("recall", ".0%", more=True),
 )
+
+
+def figure_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithmetic:
+    """How one figure of the ledger comes about."""
+    row, column = at["row"], at["column"]
+    rows, used = recording.track(ROWS).latest(), recording.track(USED).latest()
+    weights, cache = recording.track(SHARES).latest()[row]
+    here, first = rows[row, column], rows[0, column]
+    title = f"{ENTRIES[row].label}: {FIGURES[column].label}"
+    if not used[row] or not np.isfinite(here):
+        return Arithmetic(title, (("figure", "none"),), note="This step is not in this stack, or not measured yet.")
+    lines = {
+        BYTES: (("weights", f"{weights:,.0f} B"), ("+ cache", f"{cache:,.0f} B"), ("=", f"{here:,.0f} B")),
+        FLOPS: (("FLOPs of one token", f"{here:,.0f}"), ("a multiplication and an addition", "2 each")),
+        PACE: (("tokens a second", f"{here:,.1f}"), ("measured", "in turns with the original")),
+        BOUND: (("bytes, original / here", f"{rows[0, BYTES] / rows[row, BYTES]:.2f}"), ("formula", f"{here:.2f}×")),
+        PERPLEXITY: (("perplexity", f"{here:.3f}"), ("over the original’s, less one", f"{here / first - 1:+.1%}")),
+        RECALL: (("answers that come first", f"{here:.1%}"), ("the original’s", f"{first:.1%}")),
+    }[column]
+    steps = tuple(float(rows[i, column]) for i in np.flatnonzero(used) if np.isfinite(rows[i, column]))
+    return Arithmetic(title, (*lines, ("of the original", f"{here / first:.3f}")), vectors=(("step by step", steps),),
+                      values={"here": float(here), "first": float(first)})  # fmt: skip
+
+
 LEDGER = Ledger(
     name="ledger", title="The stack, step by step", note="each row stands on those above", tensor=of(ROWS),
-    used=of(USED), entries=ENTRIES, columns=FIGURES, budgeted=PERPLEXITY, allowed=knob("allowed"),
+    used=of(USED), entries=ENTRIES, columns=FIGURES, budgeted=PERPLEXITY, allowed=knob("allowed"), cell=figure_cell,
 )  # fmt: skip
 TRIES = Tries(
     name="tries", title="Your tries", note="lower left is better; click one to open it", x=of(WAY_X), y=of(WAY_Y),

@@ -562,6 +562,7 @@ class Ledger(View):
     columns: tuple[Column, ...]
     budgeted: int
     allowed: knob | float = 10.0
+    cell: Cell | None = None  # opens a figure: its row and its column
 
 
 @dataclass(frozen=True)

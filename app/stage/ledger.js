@@ -29,6 +29,7 @@ export function ledger(host, spec, context) {
     const mark = make("span", { class: "ledger-mark", "aria-hidden": "true" });
     const node = make("div", { class: "ledger-row", role: "row" }, make("div", { class: "ledger-entry", role: "rowheader" }, mark, make("span", { class: "ledger-label" }, entry.label), detail), cells.map((cell) => cell.node), budget.node);
     cells.forEach((cell, c) => {
+      cell.node.addEventListener("click", () => choose(n, c) && openChosen());
       cell.node.addEventListener("pointermove", (event) => context.tip.near(event, linesOf(n, c)));
       cell.node.addEventListener("pointerleave", () => context.tip.hide());
     });
@@ -43,13 +44,15 @@ export function ledger(host, spec, context) {
   const foot = make("div", { class: "ledger-row ledger-foot", role: "row" }, make("div", { class: "ledger-entry", role: "rowheader" }, make("span", { class: "ledger-label" }, "All in all")), totals, left);
   const list = make("div", { class: "ledger", role: "table", "aria-label": spec.title, style: { "--columns": spec.columns.length } },
     make("div", { class: "ledger-row ledger-heads", role: "row" }, make("div", { class: "ledger-head", role: "columnheader" }, "step"), heads, allowedHead), rows.map(({ node }) => node), foot);
-  host.append(list);
+  const focus = make("div", { class: `ledger-focus ${spec.cell ? "ledger-opens" : ""}`, tabindex: context.bare ? null : 0, role: "group", "aria-label": `${spec.title}. Arrow keys read the figures${spec.cell ? ", Enter opens one" : ""}.` }, list);
+  host.append(focus);
+  let chosen = null; // [row, column]
   let step = 0;
   let frame = [];
   let used = [];
 
   const allowed = () => Number(spec.allowed?.knob ? context.knobs[spec.allowed.knob] : spec.allowed) / 100;
-  const known = (n, c) => Boolean(used[n]) && Number.isFinite(frame[n]?.[c]);
+  const known = (n, c) => n >= 0 && Boolean(used[n]) && Number.isFinite(frame[n]?.[c]);
   const firstOf = (c) => (known(0, c) ? frame[0][c] : null);
   /** The nearest row above that has a figure. */
   const before = (n, c) => {
@@ -75,6 +78,30 @@ export function ledger(host, spec, context) {
     const value = frame[n][c];
     return [`${column.label} ${shown(value, column)}`, ...(n ? [`${times(firstOf(c), value, column.more)} against ${spec.entries[0].label.toLowerCase()}`, `${times(before(n, c), value, column.more)} against the step before`] : []), ...(column.origin ? [column.origin] : [])];
   };
+
+  const choose = (n, c) => {
+    if (chosen) rows[chosen[0]].cells[chosen[1]].node.classList.remove("chosen");
+    chosen = known(n, c) ? [n, c] : null;
+    if (chosen) rows[n].cells[c].node.classList.add("chosen");
+    return Boolean(chosen);
+  };
+  const openChosen = () => spec.cell && chosen && context.open({ row: chosen[0], column: chosen[1] });
+
+  const MOVES_OF_KEYS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  focus.addEventListener("keydown", (event) => {
+    const move = MOVES_OF_KEYS[event.key];
+    if (event.key === "Enter" && chosen) openChosen();
+    else if (event.key === "Escape" && chosen) return void choose(-1, 0);
+    else if (move && !event.altKey && !event.ctrlKey && !event.metaKey) {
+      const there = rows.map(({ n }) => n).filter((n) => used[n] && known(n, 0));
+      if (!there.length) return;
+      const row = chosen ? Math.max(0, Math.min(there.length - 1, there.indexOf(chosen[0]) + move[0])) : 0;
+      const column = chosen ? Math.max(0, Math.min(spec.columns.length - 1, chosen[1] + move[1])) : 0;
+      if (choose(there[row], column)) context.announce([rows[there[row]].entry.label, ...linesOf(there[row], column)].join(", "));
+    } else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
 
   const budgetLines = (n) => {
     if (!known(n, spec.budgeted)) return ["error budget", used[n] ? "not measured" : "not in this stack"];
@@ -134,7 +161,7 @@ export function ledger(host, spec, context) {
     },
     resize() {},
     dispose() {
-      list.remove();
+      focus.remove();
     },
     table: () => ({
       columns: ["step", ...spec.columns.map(({ label, unit, origin }) => [label, unit, origin].filter(Boolean).join(", ")), `of ${format(allowed(), ".0%")} allowed`],
