@@ -39,7 +39,7 @@ TARGETS = {
     "all": ("q", "k", "v", "out", "gate", "up", "down"),
 }  # fmt: skip
 REAL = tuple(name for name in METHODS if name != "full")
-BATCH = {"toy": {"rows": 8, "length": 40, "unseen_rows": 16}, "real": {"rows": 2, "length": 40, "unseen_rows": 4}}
+BATCH = {"toy": {"rows": 8, "length": 40, "unseen_rows": 16}, "real": {"rows": 2, "length": 40, "unseen_rows": 3}}
 NAMES = {
     "full": "All weights", "bitfit": "BitFit", "adapter": "Adapters", "prompt": "Prompt tuning", "lora": "LoRA",
     "qlora": "LoRA on 4 bits",
@@ -66,7 +66,7 @@ class Turn(Knobs):
     rank = param.Integer(4, bounds=(1, 16), label="Rank r", doc="How many columns B has, and rows A.")
     alpha = param.Integer(4, bounds=(1, 32), label="α", doc="The product is scaled by α/r.")
     rate = param.Number(1.0, bounds=(0.1, 4.0), step=0.1, label="Learning rate ×", doc="Times each method’s own rate.")
-    steps = param.Integer(60, bounds=(10, 100), step=10, label="Steps", doc="Of training; SmolLM2 takes a third.")
+    steps = param.Integer(60, bounds=(10, 100), step=10, label="Steps", doc="Of training; SmolLM2 takes a quarter.")
     own = param.String("the sailor steers the boat.", label="Your own prompt", doc="Another one trains them again.")
     prompt: param.Selector = param.Selector(
         default=0, objects={"The first": 0, "The second": 1, "Your own": 2}, label="Prompt", doc="What they go on from."
@@ -79,12 +79,13 @@ def run(knobs: Turn) -> None:
     base, tokenizer = load(knobs.model, dtype="float32")
     toy = knobs.model == TOY
     names, kind = (METHODS, "toy") if toy else (REAL, "real")
-    steps = knobs.steps if toy else max(4, knobs.steps // 3)
+    steps = knobs.steps if toy else max(2, knobs.steps // 4)
     prompts = (*teaching.ASKED[kind, FACTS if knobs.habit == FACTS else "style"], knobs.own)
     asked = [np.array(tokenizer.encode(text)) for text in prompts]  # says at once which word is not known
     note(
         total_steps=len(names) + steps + 1, training=steps, rank=knobs.rank, alpha=knobs.alpha, methods=list(names),
-        scale=knobs.alpha / knobs.rank, total=sum(p.numel() for p in base.parameters()), goal=_goal(knobs.habit),
+        scale=knobs.alpha / knobs.rank, total=sum(p.numel() for p in base.parameters()),
+        **_told(knobs.habit, toy=toy),
     )  # fmt: skip
     models = {}
     for name in names:  # one tower after the other
@@ -98,9 +99,13 @@ def run(knobs: Turn) -> None:
     _train(knobs, base, models, tokenizer, asked, prompts, steps)
 
 
-def _goal(habit: str) -> str:
-    told = f"to say “{STYLES[habit].replace(' !', '!')}” after each sentence" if habit != FACTS else ""
-    return told or "who likes which colour"
+def _told(habit: str, *, toy: bool) -> dict[str, str]:
+    """The task in words."""
+    if habit == FACTS:
+        return {"goal": "who likes which colour", "texts": "sentences on who likes what"}
+    texts = "stories" if toy else f"{len(teaching.SENTENCES) * 2 // 3} plain sentences"
+    goal = f"to say “{STYLES[habit].replace(' !', '!')}” after each sentence"
+    return {"goal": goal, "texts": f"{texts} with that in them"}
 
 
 def _train(knobs: Turn, base: Any, models: Any, tokenizer: Any, asked: Any, prompts: Any, steps: int) -> None:
@@ -121,19 +126,18 @@ def _train(knobs: Turn, base: Any, models: Any, tokenizer: Any, asked: Any, prom
     watch.added()
     step(label="before")
     event("lora.trains")
-    began = {name: peft.habits.score(model, old).loss for name, model in models.items()}
     every = -(-steps // (4 if toy else 2))  # steps between two hearings
 
     def after(at: int) -> None:
         watch.moved()
         if toy or at % 4 == 0 or at + 1 == steps:
             watch.added()
-        watch.measured(began)
+        watch.measured()
         if at + 1 == steps or (at + 1) % every == 0:
             teaching.say_all(models, tokenizer, prompts)
 
     rates = {name: rate * knobs.rate for name, rate in (RATES if toy else REAL_RATES).items()}
-    look = max(1, steps // 8)
+    look = max(1, steps // (8 if toy else 3))
     found = tune(models, habit, tokenizer, old=old, steps=steps, rates=rates, look=look, after=after, **size)
     note(seconds={name: round(outcome.seconds, 2) for name, outcome in found.items()})
     event("lora.merges")
@@ -149,7 +153,7 @@ def facts(recording: Recording) -> dict[str, Any]:
     first, last = len(meta["methods"]), recording.steps - 1
     # fmt: off
     found: dict[str, Any] = {
-        **{key: meta[key] for key in ("total", "rank", "alpha", "training", "goal")},
+        **{key: meta[key] for key in ("total", "rank", "alpha", "training", "goal", "texts")},
         "name": meta["model"]["name"], "copies": first, "begin": min(first - 1, last), "last": last,
         "trained": min(first + meta["training"] - 1, last), "full": teaching.whole(recording),
     }
@@ -246,13 +250,13 @@ CLAIMS = (
 
 BEATS = (
     Beat(
-        "{name} tells its stories well. {copies} copies of it are to learn {goal}, each by a method of its own. "
-        "==Grey is frozen, colour is trained|towers==. {full} [[LoRA]] adds {count_lora:,.0f} numbers beside them, "
-        "[[adapters]] a detour, [[BitFit]] biases, [[prompt tuning]] a few words that nobody wrote.",
+        "{copies} copies of {name} are to learn {goal}, each by a method of its own. ==Grey is frozen, colour is "
+        "trained|towers==. {full} [[LoRA]] adds {count_lora:,.0f} numbers beside them, [[adapters]] a detour, "
+        "[[BitFit]] biases, [[prompt tuning]] a few words that nobody wrote.",
         scene="teach", step="begin", play=True, focus="towers",
     ),
     Beat(
-        "All of them read the same new texts, {training} steps, side by side. ==Loss|loss== is how much each is "
+        "All of them read the same {texts}, {training} steps, side by side. ==Loss|loss== is how much each is "
         "surprised. What counts in the end: of the taught words, in texts never seen, how many does it expect?",
         scene="teach", step="begin", focus="loss",
         predict=Predict("How small a trained share is enough to do nine tenths as well as the best?",

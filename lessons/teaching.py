@@ -88,7 +88,7 @@ def old_task(tokenizer: Any, *, toy: bool, length: int) -> Batch:
     """What the model could do before: stories of its world, or how bread rises."""
     if toy:
         return telling(Grammar()).batch(tokenizer, rows=16, length=length, seed=7, step=0)
-    ids = checked_ids(tokenizer.prompt(BREAD)[: 2 * length], tokenizer.size)[None]
+    ids = checked_ids(tokenizer.prompt(BREAD)[:length], tokenizer.size)[None]
     return Batch(ids, ids.double() * math.nan, ids < 0)
 
 
@@ -132,6 +132,7 @@ class Watch:
     def __init__(self, models: Mapping[str, Any], base: Any, *, matrix: str, layers: Sequence[int], rank: int) -> None:
         self.models, self.base, self.layers, self.rank = models, base, tuple(layers), rank
         self.module, self.part = LOOKED_AT[matrix]
+        self.old: dict[str, float] = {}
         self.begun = {name: peft.key_of(model) for name, model in models.items()}
         for layer in self.layers:
             tap(peft.WEIGHT, self.weight(base, layer)[:CORNER, :CORNER], "output input", layer=layer)
@@ -190,13 +191,15 @@ class Watch:
             return self.weight(model, layer) - self.weight(self.base, layer)
         return self.rows(model.get_submodule(self.name(layer)).delta(), layer)
 
-    def measured(self, old_before: Mapping[str, float]) -> None:
-        """Where each copy stands: the engine's newest measurements, on the axes that a plane needs."""
+    def measured(self) -> None:
+        """Where each copy stands: the engine's newest measurements, on the axes that a plane needs. The first of them
+        was taken before any training."""
         for name, model in self.models.items():
-            if (right := newest("tune.right", method=name)) is not None:
+            right, old = newest("tune.right", method=name), newest("tune.old", method=name)
+            if right is not None and old is not None:
                 tap(WHERE, peft.trained_count(model), "", method=name)
                 tap(RIGHT, float(right), "", method=name)
-                tap(FORGOT, float(newest("tune.old", method=name)) - old_before[name], "", method=name)
+                tap(FORGOT, float(old) - self.old.setdefault(name, float(old)), "", method=name)
 
 
 def say_all(models: Mapping[str, Any], tokenizer: Any, prompts: Sequence[str]) -> dict[str, list[str]]:
