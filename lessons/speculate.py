@@ -48,11 +48,11 @@ ATTIC = "anna is in the attic. the red ball is in the cellar. where is the red b
 CELLAR = "in > the > cellar > now\nin > the > attic\nin > a > box > now"
 PASSAGE = LIGHTHOUSE[LIGHTHOUSE.index("The tide was") : LIGHTHOUSE.index(" Inside")]
 ASKS = {
-    "How a rainbow comes about": ("rainbow", chat("Explain how a rainbow comes about.")),
+    "A fox who cannot sleep": ("fox", chat("Write a short story about a fox who cannot sleep.")),
     "Say a text again": ("again", chat(f"Repeat this text word by word: {PASSAGE}")),
     "Your own": ("own", ""),
 }
-TOY_ASKS = {"rainbow": 8, "again": 5}  # seeds of Toyland’s stories
+TOY_ASKS = {"fox": 8, "again": 5}  # seeds of Toyland’s stories
 OWN, ROOM = "own", 256  # tokens of a text at most
 
 
@@ -67,7 +67,7 @@ class Turn(Knobs):
     width = param.Integer(2, bounds=(1, 3), label="Width of the tree", doc="1: a chain. Looked up words are a chain.")
     adaptive = param.Boolean(False, label="Adaptive length", doc="A chain, as long as pays.")
     temperature = param.Number(0.0, bounds=(0.0, 1.5), step=0.1, label="Temperature", doc="Of p and q alike.")
-    ask = param.Selector(default="rainbow", objects={k: v[0] for k, v in ASKS.items()}, label="Asked", doc="Prompt.")
+    ask = param.Selector(default="fox", objects={k: v[0] for k, v in ASKS.items()}, label="Asked", doc="Prompt.")
     own = param.String("Once upon a time", label="Your own prompt", doc="Read when Asked is “Your own”.")
     tree = param.String(LECTURE, label="Your tree", doc="A path a line, its words with > between them.")
     before = param.String(BREAD, label="Text before the tree", doc="What the tree’s first words follow.")
@@ -84,7 +84,7 @@ def run(knobs: Turn) -> None:
     both = pair(knobs.model, knobs.guesser, dtype=knobs.bits)
     bild = knobs.guesser == BILD and both.small is not None
     looks = both.small is None
-    who = "what stood after the last words before" if looks else "the little toy" if both.toy else "a small draft"
+    who = "earlier in the text" if looks else "the little toy" if both.toy else "a small draft"
     note(who=who, missing=both.missing, lossless=LOSSLESS or not bild, temperature=knobs.temperature, looks=looks)
     pruned = _tree(knobs, both)
     ids = _prompt(knobs, both)
@@ -285,19 +285,19 @@ BEATS = (
         "Reading ten words takes a large model hardly longer than reading one: its weights must come from memory "
         "either way. So let somebody **guess** ahead. ==This tree|tree== holds {guesses} guesses at what follows "
         "“{before}” Each column is one place of the text, and has one [[position id]].",
-        scene="tree", step="grown", play=True, focus="tree",
+        scene="tree", step=4, play=True, focus="tree",
     ),
     Beat(
         "{name} reads them all in **one pass**. ==The mask|tree== shows each word the text, its own path and itself: "
         "each path reads as if alone: logits differ by {off:.0e}. {held} guesses hold; the rest is pruned, and the "
         "target adds a word of its own: “{said}”",
-        scene="tree", step="pruned", play=True, focus="tree", do=Do("Write a tree of your own", knob="tree"),
+        scene="tree", step=9, play=True, focus="tree", do=Do("Write a tree of your own", knob="tree"),
     ),
     Beat(
-        "Now for a whole text. {who} guesses, {name} checks, ==round after round|live==: grown, checked, pruned. "
-        "{missing} The first rejected word ends a path; the target’s own word stands in for it.",
+        "Now for a whole text. Guesses come from {who}, checks from {name}, ==round by round|live==: grown, checked, "
+        "pruned. {missing} The first rejected word ends a path; the target’s own word stands in for it.",
         scene="write", step="first", focus="live",
-        predict=Predict("How many guesses will one check accept, on average?", (0.5, 1.0, 1.5, 2.5), "accepted"),
+        predict=Predict("How many guesses will one check accept, on average?", (0.3, 0.7, 1.2, 1.8), "accepted"),
     ),
     Beat(
         "{accepted:.1f} of {guessed:.1f}. With the target’s own word, {words} words took {passes} of its passes. Did "
@@ -307,9 +307,9 @@ BEATS = (
     ),
     Beat(
         "Both took turns on this machine: {seconds:.2f} s, the plain loop {plain:.2f} s. That is {verdict}, {gain:.2f} "
-        "times as fast. Fewer passes don’t make fewer seconds by themselves: a check of several rows costs more than "
-        "a step, and guesses cost too. In 16 bits a check is cheaper.",
-        scene="write", step="written", focus="clock", do=Do("Turn the width, and watch the seconds", knob="width"),
+        "times as fast. Fewer passes alone save nothing: a check of several rows costs more than a step, guesses cost "
+        "too, and most may be wrong. Where a text repeats itself, looking words up pays.",
+        scene="write", step="written", focus="clock", do=Do("Ask for a text again, and look words up", knob="ask"),
     ),
     Beat(
         "With a temperature, words are drawn. A guess drawn from q is kept with chance min(1, p/q). Where ==q says too "

@@ -28,6 +28,7 @@ from engine.quant.affine import Grid as Quantiser
 from engine.quant.affine import quantise
 from engine.quant.kmeans import Codebook, kmeans
 from engine.recording import Recording, event, note, record, site, step, tap
+from engine.speculate.tree import tree_mask
 from lessons import microscope
 from lessons.cells import LECTURE, Matrix, numbers
 from lessons.knobs import Knobs
@@ -59,6 +60,7 @@ from lessons.views import (
     Stretches,
     Strip,
     Tokens,
+    Tree,
     Tries,
     knob,
     of,
@@ -211,6 +213,11 @@ READERS = site("demo.readers", "tables that point to each block")
 SPARE = site("demo.spare", "blocks on the free list")
 KEPT_LONG = site("demo.kept_long", "stretches of one memory")
 ROOM = site("demo.room", "slots of the memory")
+GUESSED = site("demo.guessed", "words of a tree of guesses")
+AFTER = site("demo.after", "the node that each comes after")
+FATE = site("demo.fate", "what became of each")
+PLACE = site("demo.place", "where in the text each stands")
+SEEN = site("demo.seen", "which see which", low=0, high=1)
 SAID = site("demo.said", "the words that a model says", grows="token")
 
 
@@ -237,6 +244,17 @@ def _pages(tables: Tables, t: int) -> None:
     tap(ROOM, 56, "")
 
 
+def _guesses(t: int) -> None:
+    """A tree of two paths that grows, is checked and pruned."""
+    parents = (-1, 0, 1, 1, 2, 2)
+    fates = ([1, 0, 0, 0, 0, 0], [1, 2, 2, 2, 2, 0], [1, 3, 4, 3, 2, 0], [1, 3, 4, 3, 5, 6])[min(3, t // 2)]
+    tap(GUESSED, np.arange(6, dtype=np.int32), "node")
+    tap(AFTER, np.array((-1, 0, 1, 1, 2, 3), np.int32), "node")
+    tap(FATE, np.array(fates, np.uint8), "node")
+    tap(PLACE, np.array([7, 8, 9, 9, 10, 10], np.int32), "node")
+    tap(SEEN, tree_mask(parents[:5]), "row key")
+
+
 def shared_recording(steps: int = 24) -> Recording:
     """Groups that merge, tokens sent to experts, layers that share, points that move under a roof."""
     rng = np.random.default_rng(7)
@@ -249,6 +267,7 @@ def shared_recording(steps: int = 24) -> Recording:
         for t in range(steps):
             event("text.token", piece=(" " if t else "") + WORDS[t])
             _pages(tables, t)
+            _guesses(t)
             for who, word in (("first", t), ("second", t if t < 9 else t // 2)):
                 tap(SAID, np.array([word], np.int32), "token", who=who)
             tap(GROUPS, np.arange(8) // [1, 2, 4, 8][min(3, t // 6)], "head")
@@ -310,6 +329,9 @@ SHARED_SCENE = Scene(
                 Saying("The second", of(SAID, who="second"), (Number("slots", of(ROOM)),), colour="key"),
             ),
             title="What they say", name="sayings",
+        ),
+        Tree(
+            of(GUESSED), of(AFTER), of(FATE), of(PLACE), mask=of(SEEN), title="Guesses and their check", name="tree",
         ),
         Plane(
             points=(
