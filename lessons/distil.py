@@ -71,13 +71,13 @@ def facts(recording: Recording) -> dict[str, Any]:
     """What is known by now: of a run that was stopped, as much as there is."""
     meta, ends = recording.meta, {"begun": min(1, recording.steps - 1), "last": recording.steps - 1}
     raced = _at(recording, "map") - 1
-    came = int(recording.track(pupils.LABEL, place=2).latest().argmax())
-    sure = recording.track(SOFT, place=2, reader="teacher").latest()[:, came].astype(float)
+    open_, sure = (_of_what_came(recording, place) for place in (0, 2))
     # fmt: off
     found: dict[str, Any] = ends | {
         "name": meta["model"]["name"], "context": " ".join(meta["contexts"][0].split()[-7:]), "came": meta["came"][0],
-        "sure": meta["sure"][0], "doubt": _doubt(meta), "words": meta["words"], "certain": sure[1],
-        "certain_hot": sure[4], "certain_word": meta["came"][2], "texts_told": meta["texts"], "raced": raced,
+        "sure": open_[1], "doubt": _doubt(meta), "words": meta["words"], "certain": sure[1],
+        "certain_hot": sure[4], "certain_word": meta["came"][2], "runners": meta["runners"],
+        "texts_told": meta["texts"], "raced": raced,
         "training": meta["training"], "seeds": meta["seeds"],
     }
     if "times" in meta:
@@ -99,6 +99,12 @@ def facts(recording: Recording) -> dict[str, Any]:
                   "map_told": f"{meta['map_steps']} steps a cell, one seed"}
     # fmt: on
     return found | {"special": float(np.mean(meta.get("special", np.nan))), "special_told": _special_told(meta)}
+
+
+def _of_what_came(recording: Recording, place: int) -> np.ndarray:
+    """The teacher's odds, at each temperature, of the word that came at a place."""
+    came = int(recording.track(pupils.LABEL, place=place).latest().argmax())
+    return recording.track(SOFT, place=place, reader="teacher").latest()[:, came].astype(float)
 
 
 def _at(recording: Recording, phase: str) -> int:
@@ -223,9 +229,9 @@ BEATS = (
         scene="doubts", step=0, focus="odds", knobs={"place": 0, "look": 1},
     ),
     Beat(
-        "Now a word that must come: the teacher gives “{certain_word}” {certain:.1%}. Divide its logits by a "
-        "[[temperature]] before the softmax, and the runners-up step out of the dark: at T = 4 it has "
-        "{certain_hot:.0%}. **Turn T.** Nothing is trained anew.", scene="doubts", step="begun", focus="odds",
+        "Now another word: the teacher gives “{certain_word}” {certain:.1%}. Divide its logits by a [[temperature]] "
+        "before the softmax, and the runners-up step out of the dark: {runners}. At T = 4 it keeps {certain_hot:.0%}. "
+        "**Turn T.** Nothing is trained anew.", scene="doubts", step="begun", focus="odds",
         knobs={"place": 2}, do=Do("Turn T", knob="look"),
     ),
     Beat(
@@ -246,9 +252,10 @@ BEATS = (
         "back to hear the babble before. {asked}", scene="race", step="raced", focus="said",
     ),
     Beat(
-        "==Who was surprised, word by word?|heard== The darker, the more. Toyland’s grammar itself cannot foretell an "
-        "open word: that is the floor. Open a student’s cell: there stands the loss, both terms, with T². Trap: "
-        "average KL over the vocabulary too, and it shrinks {words} times.", scene="words", step="raced", focus="heard",
+        "==Who was surprised, word by word?|heard== At the right end of the scale, very. Toyland’s grammar itself "
+        "cannot foretell an open word: that is the floor. Open a student’s cell: there stands the loss, both terms, "
+        "with T². Trap: average KL over the vocabulary too, and it shrinks {words} times.", scene="words",
+        step="raced", focus="heard",
         do=Do("Open a student’s word", cell="heard"),
     ),
     Beat(
@@ -383,9 +390,11 @@ SCENES = (
                                   for who, colour in (("teacher", "query"), ("student", "recent")))),
             Sheet(name="reported", title="What others report", origin="reported",
                   columns=("pair", "smaller", "faster", "keeps"),
-                  rows=(("BERT-base → DistilBERT (Sanh 2019, 1910.01108)", "1.7×", "1.6×", "97% of GLUE"),
-                        ("BERT-base → TinyBERT, 4 layers (Jiao 2019, 1909.10351)", "7.5×", "9.4×", "96.8% of GLUE"),
-                        ("Speech, 10 models → 1 (Hinton 2015, 1503.02531)", "10×", "–", "60.8% of frames, of 61.1%"))),
+                  rows=(("BERT → DistilBERT", "1.7×", "1.6×", "97% of GLUE"),
+                        ("BERT → TinyBERT", "7.5×", "9.4×", "96.8% of GLUE"),
+                        ("Ten speech nets → one", "10×", "–", "60.8% of 61.1%")),
+                  source="Sanh 2019, 1910.01108 (GLUE); Jiao 2019, 1909.10351, 4 layers (GLUE); Hinton 2015, "
+                         "1503.02531, ten nets for speech made one: frames told right."),
         ),
     ),
 )

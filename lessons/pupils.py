@@ -215,10 +215,11 @@ class Watch:
         tap(PROMPT, self.names[self.ids[1 - self.real : self.asked]].astype(np.int32), "token")
         tap(CONTEXT, self.names[self.ids[1 - self.real :]].astype(np.int32), "token", place="end")
         told = [self.tokenizer.decode(self.names[self.ids[1 : at + 1]].tolist()) for at in self.places]
-        top = self.taught.softmax(-1)[self.places].amax(-1).tolist()
+        after = [i for i in self.words(self.places[2]).tolist() if i != int(came[self.places[2]])][:3]
+        runners = "”, “".join(piece.strip() for piece in self.tokenizer.pieces(self.names[after].tolist()))
         exact = [int((self.odds[at] > 0).sum()) for at in self.places]
         note(
-            contexts=told, sure=top, open=exact, came=[pieces[at + 1].strip() for at in self.places],
+            contexts=told, runners=f"“{runners}”", open=exact, came=[pieces[at + 1].strip() for at in self.places],
             words=len(self.names), places=self.places, story=self.ids.tolist(),
             story_words=[piece.strip() for piece in pieces], temperature=self.school.plan.temperature,
             alpha=self.school.plan.alpha,
