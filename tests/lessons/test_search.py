@@ -151,7 +151,8 @@ def test_what_the_shapes_say_and_that_nothing_fits_stand_on_the_page(server: Ser
     trained()
     context = chromium.new_context(viewport={"width": 1440, "height": 900})
     page = Watched(context.new_page())
-    open_done(page, address(server, "search", beat=7))
+    last = shapes.LAPS + (2 * shapes.SEEDS + 2) * QUICK["search"]["generations"] + shapes.WORDS
+    open_done(page, address(server, "search", beat=7, step=last))
     page.until(f"{INSIDE}.querySelectorAll('.saying').length === 5", seconds=20)
     page.until(f"{INSIDE}.querySelectorAll('.saying-word').length === {5 * shapes.WORDS}", seconds=30)
     rows = page.page.evaluate(f"[...{INSIDE}.querySelectorAll('.saying')].map((row) => row.textContent)")
@@ -160,5 +161,6 @@ def test_what_the_shapes_say_and_that_nothing_fits_stand_on_the_page(server: Ser
     assert not page.page.evaluate(f"{INSIDE}.querySelector('.saying').querySelectorAll('.other').length")
     assert not page.wrongs
     page.open(address(server, "search", budget=5))
+    page.until("window.leanscope?.ready", seconds=60)
     page.until(f"{INSIDE}.textContent.includes('Nothing fits: 5% of the largest')", seconds=60)
     context.close()
