@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,8 +162,7 @@ def rounded(lean: Lean, *, bits: int, progress: Callable[[int, int], None] | Non
     assert isinstance(twin, Decoder)
     names = matrices(lean.model)
     for done, name in enumerate(names):
-        module = lean.model.get_submodule(name)
-        weight = module.weight.detach()
+        weight = weight_of(lean.model, name)
         own = own_grid(weight, grid if name != "embed" else replace(grid, bits=max(bits, EMBEDDING)))
         new = on_grid(weight, own)
         if f"{name}.weight" in lean.masks:
@@ -237,7 +237,7 @@ def weight_bytes(lean: Lean) -> float:
 
 def weight_bits(lean: Lean, name: str) -> int:
     """Bits of the matrix called `name`: codes or floats, scales and minima, and the map of what is kept."""
-    weight = lean.model.get_submodule(name).weight
+    weight = weight_of(lean.model, name)
     every, mask = weight.numel(), lean.masks.get(f"{name}.weight")
     each, constants = FLOAT, 0
     if lean.grid is not None:
@@ -253,7 +253,8 @@ def weight_bits(lean: Lean, name: str) -> int:
 def cache_bytes(lean: Lean, cache: Cache, *, rows: int = 1) -> float:
     """Bytes that each of the `rows` texts takes in a `cache` that has read them: floats at 16 bits, codes and all else
     as they are held."""
-    layers = [2 * int(block.mixer.kv_heads) * int(block.mixer.head_width) for block in lean.model.blocks]
+    mixers: list[Any] = [block.mixer for block in lean.model.blocks]
+    layers = [2 * mixer.kv_heads * mixer.head_width for mixer in mixers]  # values of a token
     if isinstance(cache, Full):  # it has slots in store, which do not count
         return sum(layers) * cache.seen * FLOAT / 8
     wide = lean.model.embed.weight.element_size() - FLOAT // 8  # bytes of each float beyond 16 bits
@@ -286,6 +287,13 @@ def matrices(model: Decoder) -> list[str]:
     return ["embed", *(name for name in linears(model) if not name.endswith("router"))]
 
 
+def weight_of(model: Decoder, name: str) -> Tensor:
+    """The weight of the module called `name`, without its gradient."""
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 def group_of(weight: Tensor) -> int:
     """The largest power of two up to GROUP that divides a row."""
     return min(GROUP, weight.shape[-1] & -weight.shape[-1])
@@ -309,7 +317,7 @@ def _with_grids(model: Decoder, grid: Grid) -> Decoder:
     """The model with layers that round as they compute, ready to train."""
     groups: dict[int, list[str]] = {}
     for name in matrices(model)[1:]:
-        groups.setdefault(group_of(model.get_submodule(name).weight), []).append(name)
+        groups.setdefault(group_of(weight_of(model, name)), []).append(name)
     for group, some in groups.items():
         prepared = prepare(model, weights=replace(grid, group=group), names=some)
         assert isinstance(prepared, Decoder)
