@@ -180,7 +180,10 @@ def _beats(recording: Recording) -> Finding:
         return Finding("–", "untestable", why, "")
     each = ", ".join(f"{nats:.3f}" for nats in meta["special"])
     good = f["special"] < f["teacher"]
-    why = f"Endless texts of this task, α = {pupils.SPECIAL['alpha']:g}. The least there is: {meta['floor']:.3f}."
+    least = f"The least there is: {meta['floor']:.3f}."
+    why = (
+        f"Judged by {pupils.UNSEEN_ROWS} unseen texts, taught by endless ones, α = {pupils.SPECIAL['alpha']:g}. {least}"
+    )
     if not good:
         why = f"{meta['special_steps']} steps are too few, or the student too small. {why}"
     return Finding(f"{f['special']:.3f} vs {f['teacher']:.3f}", "agrees" if good else "differs", why,

@@ -87,7 +87,7 @@ def test_turning_t_moves_the_bars_at_once(server: Server, chromium_page: Watched
     figure = f"{INSIDE}.querySelectorAll('.facing-figure')"
     read = f"[...{figure}].map((one) => one.textContent).join()"
     page.until(f"{figure}.length > 8")
-    before, steps = page.evaluate(read), page.evaluate("leanscope.steps")
-    page.page.get_by_label("Look at T").select_option(label="4")
+    before, steps = page.page.evaluate(read), page.page.evaluate("leanscope.steps")
+    page.page.get_by_label("Look at T", exact=True).select_option(label="4")
     page.until(f"{read} !== {json.dumps(before)}")
-    assert page.evaluate("leanscope.steps") == steps
+    assert page.page.evaluate("leanscope.steps") == steps
