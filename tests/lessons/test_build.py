@@ -68,6 +68,18 @@ def test_a_ledger_adds_up(whole):
     assert 1 <= f["within"] <= f["times"]
 
 
+def test_a_figure_opens_with_the_runs_numbers(whole):
+    rows, used = (whole.track(name).latest() for name in (ROWS, USED))
+    for row in range(len(STEPS)):
+        for column in range(rows.shape[1]):
+            opened = lesson.figure_cell(whole, turned(), {"row": row, "column": column})
+            assert opened.title.startswith(lesson.ENTRIES[row].label)
+            if used[row]:
+                assert opened.values["here"] == rows[row, column]
+            else:
+                assert "not in this stack" in opened.note
+
+
 def test_from_where_on_all_is_ten_times_smaller(whole):
     parts, used, tokens = whole.track(SHARES).latest(), whole.track(USED).latest(), whole.meta["tokens"]
     told = lesson._ten(parts, used, tokens, kept=32)
