@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.caches.full import Full
 from engine.evaluate import perplexity, surprisal
@@ -114,7 +113,7 @@ def clock(model: Any, ids: Any, *, seed: int) -> Predictor:
 def rank(a: Sequence[float], b: Sequence[float]) -> float:
     """The rank correlation; no number where a machine's times are all one."""
     try:
-        return rank_correlation(torch.tensor(a), torch.tensor(b))
+        return rank_correlation(a, b)
     except ValueError:
         return math.nan
 
@@ -229,8 +228,9 @@ def _show(
     tap(SCORES, points[1], "generation group candidate")
     tap(SIZES, sizes, "generation group candidate count")
     if by == "evolution":
-        cost, score = (torch.tensor([pick(c) for c in all_of]) for pick in (lambda c: c.costs["ms"], lambda c: c.score))
-        order = [int(i) for i in cost.argsort() if front(cost, score)[i]]
+        cost, score = np.array([(c.costs["ms"], c.score) for c in all_of], np.float32).T
+        order = cost.argsort()
+        order = order[front(cost.tolist(), score.tolist()).numpy()[order]]
         tap(FRONT, cost[order], "point", of="ms")
         tap(FRONT, score[order], "point", of="perplexity")
         tap(SHAPE, parts(best.subnet), "layer part", of="now")

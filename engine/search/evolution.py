@@ -14,7 +14,7 @@ of age, is left out, as in Once-for-all). Scores are measured, not predicted, an
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +184,9 @@ def shrink(subnet: Subnet, space: Space, *, rng: random.Random) -> Subnet:
     return rng.choice(smaller)
 
 
-def front(cost: Tensor, score: Tensor) -> Tensor:
+def front(cost: Tensor | Sequence[float], score: Tensor | Sequence[float]) -> Tensor:
     """Which points [N] no other beats: as cheap and as good, and better in one of the two."""
+    cost, score = torch.as_tensor(cost), torch.as_tensor(score)
     if cost.dim() != 1 or cost.shape != score.shape:
         raise ValueError(f"cost and score must be as long, not of shapes {list(cost.shape)} and {list(score.shape)}")
     no_worse = (cost[:, None] <= cost) & (score[:, None] <= score)  # i no worse than j

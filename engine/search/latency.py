@@ -100,8 +100,9 @@ def compare(predictor: Predictor, subnets: Sequence[Subnet], ms: Sequence[float]
     return rank_correlation(foretold, measured)
 
 
-def rank_correlation(a: Tensor, b: Tensor) -> float:
+def rank_correlation(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> float:
     """Spearman's: the correlation of the ranks, equal values sharing the mean of theirs."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.dim() != 1 or a.shape != b.shape or len(a) < 2:
         raise ValueError(f"a and b must be as long, two at least, not of shapes {list(a.shape)} and {list(b.shape)}")
     ranks = torch.stack([_ranks(a), _ranks(b)])
