@@ -59,7 +59,7 @@ export function guessTree(host, spec, context) {
     const columns = Math.max(...nodes.map(({ depth }) => depth)) + 1;
     const wide = host.clientWidth >= TREE_WIDE && spec.mask && !context.bare;
     const room = Math.max(240, host.clientWidth - (wide ? maskSide() + 28 : 0));
-    const column = Math.max(room < 420 ? 62 : 78, Math.min(150, room / columns));
+    const column = Math.max(room < 420 ? 62 : 84, Math.min(150, room / columns));
     let leaves = 0;
     const visit = (node) => {
       node.x = column * (node.depth + 0.5);
@@ -68,9 +68,9 @@ export function guessTree(host, spec, context) {
         node.children.forEach(visit);
         node.y = (node.children[0].y + node.children[node.children.length - 1].y) / 2;
       }
-      const letters = Math.floor((column - 12 - TREE_MARK_ROOM) / TREE_LETTER);
+      const letters = Math.floor((column - 10 - TREE_MARK_ROOM) / TREE_LETTER);
       node.shown = node.word.length > letters ? `${node.word.slice(0, Math.max(1, letters - 1))}…` : node.word;
-      node.wide = Math.min(column - 8, TREE_MARK_ROOM + 9 + TREE_LETTER * node.shown.length);
+      node.wide = Math.min(column - 4, TREE_MARK_ROOM + 9 + TREE_LETTER * node.shown.length);
     };
     nodes.filter(({ parent }) => parent < 0).forEach(visit);
     return { column, columns, width: column * columns, height: TREE_LEAF * leaves + (context.bare ? 4 : TREE_FOOT) };
