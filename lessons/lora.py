@@ -277,7 +277,7 @@ BEATS = (
     Beat(
         "Why is so little enough? Here is one matrix, ==W|weight==, and ==what training all weights added|moved==: "
         "every number moved. But look at its [[singular values]], ==the black curve|spectrum==. {spectrum} A few "
-        "directions do most of the work.",
+        "directions carry far more than their share.",
         scene="delta", step="trained", play=True, focus="moved",
     ),
     Beat(

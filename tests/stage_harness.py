@@ -55,11 +55,14 @@ from lessons.views import (
     Routes,
     Saying,
     Sayings,
+    Sheet,
     Slots,
     Stack,
     Stretches,
     Strip,
     Tokens,
+    Tower,
+    Towers,
     Tree,
     Tries,
     knob,
@@ -76,6 +79,8 @@ MASS = site("demo.mass", "mean attention on token 0", symbol="A₀", low=0, high
 PPL = site("demo.perplexity", "perplexity so far")
 TOP = site("demo.top", "probability of the likeliest next tokens")
 IDS = site("demo.ids", "the likeliest next tokens")
+PARTS_TRAINED = site("demo.parts", "parameters trained and frozen")
+COUNT = site("demo.count", "parameters trained")
 BYTES = site("demo.bytes", "bytes of the cache", unit="B")
 
 TEXT = (
@@ -270,6 +275,9 @@ def shared_recording(steps: int = 24) -> Recording:
             _guesses(t)
             for who, word in (("first", t), ("second", t if t < 9 else t // 2)):
                 tap(SAID, np.array([word], np.int32), "token", who=who)
+            layers = [[[64 * (t > i), 640], [0, 2560]] for i in range(4)]
+            tap(PARTS_TRAINED, np.array([[[0, 900], [90, 0]], *layers]), "place part kind")
+            tap(COUNT, 90.0 + 64 * min(t, 4), "")
             tap(GROUPS, np.arange(8) // [1, 2, 4, 8][min(3, t // 6)], "head")
             gates = np.where(rng.random(8) < 0.3, rng.random(8), 0.0).astype(np.float32)
             tap(ROUTED, (gates / max(1e-9, gates.sum()))[None], "query expert")
@@ -306,6 +314,14 @@ SHARED_SCENE = Scene(
         Stack(
             of(KINDS), kinds=("window", "cross"), reads=of(READS), values=of(STORED), values_label="bytes a token",
             title="The layers", name="layers", span=6,
+        ),
+        Towers(
+            (Tower("A little of it", of(PARTS_TRAINED), of(COUNT), of(COUNT), colour="query"),),
+            parts=("attention", "ffn"), title="What is trained", name="towers", span=6,
+        ),
+        Sheet(
+            ("method", "they say", "here"), (("a little", "0.1M", Number("", of(COUNT))), ("all", "125M", "–")),
+            kinds=("", "reported", "toy"), title="Beside theirs", name="sheet", span=6, source="As someone reports it.",
         ),
         Footprint(
             (Holding("Shared", of(STORED), "layers that share"),),
