@@ -320,6 +320,13 @@ def record(
 
 
 @contextmanager
+def aside() -> Iterator[None]:
+    """Look at something while it trains: what runs inside is not recorded and leaves nothing for gradients."""
+    with record(keep={}), torch.no_grad():
+        yield
+
+
+@contextmanager
 def labelled(**index: int | str) -> Iterator[None]:
     """Add `index` to every tap inside, so that one run can hold several of a kind (strategy="window")."""
     recorder = _ACTIVE.get()

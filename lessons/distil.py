@@ -57,7 +57,7 @@ class Turn(Knobs):
 def run(knobs: Turn) -> None:
     school, tokenizer = pupils.open_school(knobs)
     note(
-        total_steps=pupils.steps_of(school), training=knobs.steps, seeds=knobs.seeds, texts=school.called,
+        total_steps=pupils.steps_of(school), training=knobs.steps, seeds=knobs.seeds, texts=pupils.reads(school),
         real=knobs.model != TOY,
     )  # fmt: skip
     watch = pupils.Watch(school, tokenizer)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from engine.caches.full import Full
 from engine.recording import Recording, site, step, tap
-from engine.speculate import ROOT, Dice, Draft, Verdict, law
-from engine.speculate.tree import Branches, tree_mask, tree_positions, verify
-from lessons.guessing import Pair, Round, as_row
+from engine.speculate import ROOT, Draft, Verdict
+from engine.speculate.rounds import Checked, Round
+from engine.speculate.tree import tree_mask, tree_positions
 from lessons.models import name_ids
 from lessons.views import Arithmetic, Tree, of
 
@@ -68,36 +65,6 @@ def _in_levels(parents: Sequence[int], tokens: Sequence[int]) -> Draft:
     order = sorted(range(len(tokens)), key=lambda i: depths[i])
     new = {old: n for n, old in enumerate(order)} | {ROOT: ROOT}
     return Draft(tuple(new[parents[i]] for i in order), tuple(tokens[i] for i in order))
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A tree after its one pass. `off` is how far its logits are from those of the paths, read one after the other."""
-
-    verdict: Verdict
-    p: list[float]  # of each node, after its parent
-    off: float
-    passes: int  # that the paths take without a tree
-
-
-def check_tree(pair: Pair, ids: list[int], draft: Draft, *, temperature: float, seed: int) -> Checked:
-    """One pass over all nodes; and, to compare, each path alone in a pass of its own."""
-    model, cache = pair.target, Full()
-    with torch.inference_mode():
-        first = model.hidden(as_row(ids, model), cache=cache)[0, -1:]
-        nodes = model.hidden(as_row(draft.tokens, model), cache=Branches(cache, draft.parents))[0]
-        logits = model.logits(torch.cat((first, nodes)))
-        verdict = verify(draft, law(logits, temperature=temperature), dice=Dice(seed))
-        natural = law(logits, temperature=temperature or 1.0)
-        off, leaves = 0.0, [i for i in range(len(draft)) if not draft.children(i)]
-        for leaf in leaves:
-            path = [leaf]
-            while draft.parents[path[0]] != ROOT:
-                path.insert(0, draft.parents[path[0]])
-            alone = model.hidden(as_row([*ids, *(draft.tokens[i] for i in path)], model))[0, -len(path) :]
-            off = max(off, float((model.logits(alone) - logits[[i + 1 for i in path]]).abs().max()))
-    p = [float(natural[1 + parent, token]) for parent, token in zip(draft.parents, draft.tokens, strict=True)]
-    return Checked(verdict, p, off, len(leaves))
 
 
 def show_tree(tokenizer: Any, last: int, at: int, draft: Draft, checked: Checked, *, q: float) -> tuple[int, int]:

@@ -138,7 +138,7 @@ def _train(knobs: Turn, base: Any, models: Any, tokenizer: Any, asked: Any, prom
 
     rates = {name: rate * knobs.rate for name, rate in (RATES if toy else REAL_RATES).items()}
     look = max(1, steps // (8 if toy else 3))
-    found = tune(models, habit, tokenizer, old=old, steps=steps, rates=rates, look=look, after=after, **size)
+    found = tune(models, habit, tokenizer, old=old, steps=steps, rates=rates, look=look, after=after, **size)  # type: ignore[arg-type]
     note(seconds={name: round(outcome.seconds, 2) for name, outcome in found.items()})
     event("lora.merges")
     unseen = habit.batch(tokenizer, rows=4, length=size["length"], seed=0, step=0, stream="unseen")

@@ -7,7 +7,8 @@ import numpy as np
 from engine.cost import check_intensity, expected_tokens, forward_work, speculation_speedup
 from engine.recording import Recording, note, site, step, tap
 from engine.speculate import acceptance, residual
-from lessons.guessing import Pair, drafter, laws_at, rounds
+from engine.speculate.rounds import laws_at, rounds
+from lessons.guessing import Pair, drafter
 from lessons.lesson import Finding, Scene
 from lessons.models import name_ids, read_aloud
 from lessons.views import Bars, Curves, Facing, Line, Number, Numbers, Tokens, of
@@ -43,7 +44,7 @@ def shown(ids: list[int], new: list[int]) -> range:
 def show_places(both: Pair, text: list[int], prompt: int, *, temperature: float) -> None:
     """p, q and the residual, word by word."""
     places = shown(text[:prompt], text[prompt:])
-    p, q, guessed = laws_at(both, text, places, temperature=temperature)
+    p, q, guessed = laws_at(both.target, both.small, text, places, temperature=temperature)
     agreed, rest = acceptance(p, q), residual(p, q)
     out = q.minimum(p) + (1 - agreed)[:, None] * rest
     off = (out - p).abs().amax(-1)
@@ -74,7 +75,7 @@ def try_lengths(both: Pair, ids: list[int], *, temperature: float, plain: float)
     accepted = looked = guessed = 0
     drafting = 0.0
     for n, gamma in enumerate(lengths):
-        turns = list(rounds(both, ids, steps=words, guesser=drafter(both, length=gamma),
+        turns = list(rounds(both.target, ids, steps=words, guesser=drafter(both, length=gamma),
                             temperature=temperature, seed=1))[1:]  # fmt: skip
         full = [one for one in turns if len(one.draft) == gamma]
         accepted += sum(len(one.verdict.accepted) for one in full)

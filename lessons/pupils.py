@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine import cost
-from engine.caches.full import Full
-from engine.distil import layers, logits, restricted, synthetic
+from engine.distil import layers, logits
 from engine.distil.run import UNSEEN, WAYS, Plan, distil, over, saving, small, surprisal, toyland
+from engine.distil.school import School, of_texts, recall
 from engine.generate import generate
 from engine.model import Decoder
-from engine.recording import Recording, event, newest, note, record, site, step, tap
+from engine.recording import Recording, aside, event, newest, note, record, site, step, tap
 from engine.timing import in_turns
-from engine.toyland import Batch, Grammar, batch
-from engine.toyland.entropy import distributions
-from engine.toyland.stories import text
-from engine.toyland.words import VOCABULARY
+from engine.toyland import Grammar, batch
 from lessons.models import TOY, load, name_ids, read_aloud
 from lessons.texts import TEXTS
 from lessons.views import Arithmetic
@@ -33,7 +30,6 @@ WARMTH = (0.5, 1.0, 1.5, 2.0, 4.0, 8.0)  # temperatures that one can look at
 READERS = ("truth", "teacher", *WAYS)
 NARROWER = {"toy": 3, "smollm2": 8}
 ALPHAS, HEATS = (0.0, 0.5, 1.0), (1.0, 2.0, 4.0, 8.0)  # of the map
-KNOWN = 64  # batches whose reading by the teacher is kept
 LONGER, SPECIAL = 2.4, {"temperature": 4.0, "alpha": 0.5}  # the specialist's steps, as many times; its loss
 
 CURVE = site("distil.curve", "surprisal of texts that no student was trained on", low=0.0, unit="nats a word")
@@ -52,86 +48,10 @@ TAKES = site("distil.takes", "what one more token takes")
 WORDS, SOFT, ENTROPY = logits.WORDS, logits.SOFT, logits.ENTROPY
 
 
-@dataclass(frozen=True)
-class School:
-    """A teacher, the texts that its students read, and texts that nobody has read. Ids are the students' own."""
-
-    teacher: Any
-    shape: Any
-    plan: Plan
-    grammar: Grammar | None
-    texts: Any
-    unseen: Batch
-    names: tuple[int, ...]  # the tokenizer's id of each of the students' words
-    allowed: Any = None  # the teacher's ids of them, where students know a part
-    start: int = 2  # words of the prompt that the teacher writes from
-    called: str = "ever new texts"  # what they read, in words
-    known: dict[Any, layers.Trace] = field(default_factory=dict)
-    newest: dict[Any, layers.Trace] = field(default_factory=dict)
-
-    def teach(self, ids: Any) -> layers.Trace:
-        """What the teacher makes of ids; texts that come again are not read again."""
-        key = (tuple(ids.shape), ids.cpu().numpy().tobytes())
-        if key in self.known:
-            return self.known[key]
-        found = self.read(ids)
-        if len(self.known) == KNOWN:
-            self.known.pop(next(iter(self.known)))
-        self.known[key] = found
-        return found
-
-    def answer(self, ids: Any) -> layers.Trace:
-        """What soft labels need of it, for the texts of one step: all seeds read the same."""
-        key = ids.cpu().numpy().tobytes()
-        if key not in self.newest:
-            self.newest.clear()
-            with record(keep={}), torch.no_grad():
-                self.newest[key] = layers.Trace(self.teacher(ids), [], [])
-        return self.newest[key]
-
-    def read(self, ids: Any) -> layers.Trace:
-        """The same, anew."""
-        with record(keep={}), torch.no_grad():
-            if self.allowed is None:
-                return layers.trace(self.teacher, ids)
-            seen = layers.trace(self.teacher, self.allowed[ids])
-            return replace(seen, logits=seen.logits[..., self.allowed])
-
-    def write(self, seed: int) -> Any:
-        """Texts of the teacher's own, from the first words that all texts share."""
-        start, plan = self.unseen.ids[0, : self.start].to(self.teacher.embed.weight.device), self.plan
-        with record(keep={}):
-            if self.allowed is None:
-                return synthetic.write(self.teacher, start, rows=plan.corpus, length=plan.length, seed=seed).ids
-            spoken = restricted.lesson(
-                self.teacher, self.allowed, self.allowed[start], rows=plan.corpus, length=plan.length, seed=seed
-            )
-            return spoken.ids
-
-    def story(self) -> tuple[int, int]:
-        """The unseen text that is looked at, and after how many of its words each goes on by itself: the question that
-        is answered latest, or half of the first text."""
-        answered = self.unseen.answers.int()
-        if not answered.any():
-            return 0, self.unseen.ids.shape[1] // 2
-        firsts = torch.where(answered.any(1), answered.argmax(1), -1)
-        row = int(firsts.argmax())
-        asked = [i for i in range(int(firsts[row])) if VOCABULARY[int(self.unseen.ids[row, i])] in ("?", ":")]
-        return row, asked[-1] + 1 if asked else int(firsts[row])
-
-    def odds(self, ids: Any) -> np.ndarray:
-        """Toyland's own odds of the word after each of ids; NaN where the text is not Toyland's."""
-        if self.grammar is None:
-            return np.full((len(ids), len(self.names)), np.nan)
-        index = {word: i for i, word in enumerate(VOCABULARY)}
-        return distributions(text(self.grammar), [VOCABULARY[i] for i in ids.tolist()], index)
-
-
 def open_school(knobs: Any) -> tuple[School, Any]:
     """Teacher, texts and the shape of the students, as the knobs say."""
     teacher, tokenizer = load(knobs.model, dtype="float32")
-    if isinstance(teacher, torch.nn.Module):
-        teacher.requires_grad_(False)
+    teacher.requires_grad_(False)
     plan = Plan(
         steps=knobs.steps, rows=ROWS, length=LENGTH, rate=RATE, temperature=knobs.temperature, alpha=knobs.alpha,
         seeds=tuple(range(knobs.seeds)), look=EVERY, corpus=256, unseen_rows=UNSEEN_ROWS,
@@ -141,36 +61,18 @@ def open_school(knobs: Any) -> tuple[School, Any]:
         unseen = batch(grammar, seed=0, step=0, rows=UNSEEN_ROWS, length=LENGTH, stream="test")
         shape = small(teacher.shape, layers=knobs.layers, narrower=knobs.narrower)
         told = toyland(plan, grammar, texts=knobs.texts)
-        called = f"{knobs.texts} texts" if knobs.texts else "ever new texts"
-        return School(teacher, shape, plan, grammar, told, unseen, tuple(range(256)), called=called), tokenizer
-    return _real(teacher, tokenizer, knobs, plan), tokenizer
-
-
-def _real(teacher: Any, tokenizer: Any, knobs: Any, plan: Plan) -> School:
-    """Three short texts in English: every fourth stretch is kept back, and students know no other words."""
+        words = tuple(range(tokenizer.size))
+        return School(teacher, shape, plan, told, unseen, words, grammar=grammar, count=knobs.texts), tokenizer
+    shape = small(teacher.shape, layers=knobs.layers, narrower=NARROWER["smollm2"])
     ids = [tokenizer.encode(words) for words in TEXTS.values()]
-    rows = torch.tensor([part[i : i + LENGTH] for part in ids for i in range(0, len(part) - LENGTH + 1, LENGTH)])
-    allowed = rows.unique()
-    rows = torch.searchsorted(allowed, rows)
-    unseen, read = rows[3::4], torch.cat([rows[i::4] for i in range(3)])
-    read = read[: knobs.texts or len(read)]
-    device = teacher.embed.weight.device
-    nothing = torch.zeros_like(read[:1], dtype=torch.float64)
+    return of_texts(teacher, shape, replace(plan, corpus=32), ids, most=knobs.texts), tokenizer
 
-    def batched(part: Any) -> Batch:
-        return Batch(part, nothing.expand(part.shape), torch.zeros_like(part, dtype=torch.bool))
 
-    def told(seed: int, at: int) -> Batch:
-        order = torch.randperm(len(read), generator=torch.Generator().manual_seed(seed))
-        batches = max(1, len(read) // ROWS)
-        return batched(read[order[(at % batches) * ROWS :][:ROWS]])
-
-    shape = replace(small(teacher.shape, layers=knobs.layers, narrower=NARROWER["smollm2"]), vocab=len(allowed))
-    plan = replace(plan, corpus=32)
-    return School(
-        teacher, shape, plan, None, told, batched(unseen), tuple(allowed.tolist()), allowed.to(device), 8,
-        called=f"{len(read)} stretches of three short texts",
-    )  # fmt: skip
+def reads(school: School) -> str:
+    """What the students read, in words."""
+    if school.grammar is None:
+        return f"{school.count} stretches of three short texts"
+    return f"{school.count} texts" if school.count else "ever new texts"
 
 
 class Watch:
@@ -184,8 +86,7 @@ class Watch:
         self.count, self.real = 0, school.grammar is None
         device = school.teacher.embed.weight.device
         self.unseen = school.unseen.ids.to(device)
-        with torch.no_grad():
-            self.taught = school.teach(self.ids[None, :-1].to(device)).logits[0].float()  # token word
+        self.taught = school.teach(self.ids[None, :-1].to(device)).logits[0].float()  # token word
         self.odds = school.odds(self.ids[:-1])
         self.heard = np.full((len(READERS), LENGTH - 1), np.nan, np.float32)
         self.places = self._places()
@@ -239,28 +140,21 @@ class Watch:
         self.heard[READERS.index(name)] = -said.log_softmax(-1).gather(1, came[:, None])[:, 0].cpu().numpy()
         tap(SAYS, said, "token word", reader=name)
         for place, at in enumerate(self.places):
-            words = torch.as_tensor(self.words(at), device=said.device)
-            shown = torch.as_tensor(self.names)[words.cpu()].to(torch.int32)
-            p = torch.stack([logits.soft(said[at].double(), temperature=t) for t in WARMTH])  # temperature word
-            tap(WORDS, shown, "word", place=place, reader=name)
-            tap(ENTROPY, -(p * p.clamp(min=1e-300).log()).sum(-1).float(), "temperature", place=place, reader=name)
-            tap(SOFT, p[:, words].float(), "temperature word", place=place, reader=name)
+            words = self.words(at)
+            p = np.stack([logits.soft(said[at].double(), temperature=t).cpu().numpy() for t in WARMTH])
+            doubt = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)  # of each temperature
+            tap(WORDS, self.names[words].astype(np.int32), "word", place=place, reader=name)
+            tap(ENTROPY, doubt.astype(np.float32), "temperature", place=place, reader=name)
+            tap(SOFT, p[:, words].astype(np.float32), "temperature word", place=place, reader=name)
 
     def levels(self) -> None:
         """The teacher's surprisal of all unseen texts, and the least there is."""
-        with torch.no_grad(), record(keep={}):
-            said = torch.cat([self.school.read(part[:, :-1]).logits.float() for part in self.unseen.split(ROWS)])
+        said = self.school.expects(self.unseen[:, :-1], rows=ROWS)
         came = self.unseen[:, 1:]
         self.teacher = float(-said.log_softmax(-1).gather(-1, came[..., None]).mean())
         self.floor = float(self.school.unseen.nats[:, 1:].mean()) if self.school.grammar else float("nan")
-        self.recall = self._recall(said)
+        self.recall = recall(said, self.school.unseen)
         note(teacher=self.teacher, floor=self.floor)
-
-    def _recall(self, said: Any) -> float:
-        asked = self.school.unseen.answers[:, 1:].to(said.device)
-        if not asked.any():
-            return float("nan")
-        return float((said.argmax(-1) == self.unseen[:, 1:])[asked].float().mean())
 
     def show(self, students: Mapping[tuple[str, int], Any], at: int) -> None:
         """The curves so far; what each student says of the text, and how it goes on."""
@@ -272,7 +166,7 @@ class Watch:
             tap(AT, at, "", of=way)
         for name, value in (("teacher", self.teacher), ("floor", self.floor)):
             tap(CURVE, value, "", way=name, of="mean")
-        with torch.no_grad(), record(keep={}):
+        with aside():
             heard = {way: students[way, seeds[0]].model(self._text())[0].float() for way in WAYS}
         for way, said in heard.items():
             self._listen(way, said)
@@ -291,17 +185,15 @@ class Watch:
 
     def _say(self, name: str, model: Any) -> None:
         """How it goes on from the prompt, always with the likeliest word; and how many questions it gets right."""
-        with torch.no_grad(), record(keep={}):
-            cache, new, said = Full(), self.ids[None, : self.asked].to(self.unseen.device), []
-            allowed = self.school.allowed if name == "teacher" else None
-            for _ in range(SAY):
-                ids = new if allowed is None else allowed[new]
-                found = model.logits(model.hidden(ids, cache=cache)[:, -1])
-                new = (found if allowed is None else found[:, allowed]).argmax(-1, keepdim=True)
-                said.append(int(new))
-            recall = self.recall if name == "teacher" else self._recall(model(self.unseen[:, :-1]).float())
+        teaches = name == "teacher"
+        said = self.school.on(self.ids[: self.asked], model, words=SAY, whole=teaches)
+        if teaches:
+            right = self.recall
+        else:
+            with aside():
+                right = recall(model(self.unseen[:, :-1]).float(), self.school.unseen)
         tap(SAID, self.names[said].astype(np.int32), "token", reader=name)
-        tap(RIGHT, recall, "", reader=name)
+        tap(RIGHT, right, "", reader=name)
 
 
 def phase(name: str) -> None:
@@ -345,7 +237,10 @@ def steps_of(school: School) -> int:
 def specialist(school: School, watch: Watch) -> None:
     """Longer, on texts of this one task without end, with half an eye on the right words: can it beat its teacher?"""
     phase("specialist")
-    plan = replace(school.plan, steps=int(LONGER * school.plan.steps), look=STRIDE, **SPECIAL)
+    plan = replace(
+        school.plan, steps=int(LONGER * school.plan.steps), look=STRIDE, temperature=SPECIAL["temperature"],
+        alpha=SPECIAL["alpha"],
+    )  # fmt: skip
 
     def look(students: Mapping[tuple[str, int], Any], at: int) -> None:
         nats = [surprisal(student.model, watch.unseen) for student in students.values()]
@@ -367,6 +262,10 @@ def specialist(school: School, watch: Watch) -> None:
     )  # fmt: skip
 
 
+def _go_on(model: Any, ids: list[int]) -> None:
+    list(generate(model, ids, steps=16))
+
+
 def weigh(school: School) -> None:
     """What a token takes: counted from the shapes, and timed."""
     teacher, small_one = school.teacher, Decoder(school.shape, seed=0).to(school.teacher.embed.weight.device)
@@ -374,7 +273,7 @@ def weigh(school: School) -> None:
     models = {"teacher": teacher, "student": small_one.requires_grad_(False)}
     with record(keep={}):
         took = in_turns(
-            {name: lambda name=name: list(generate(models[name], ids[name], steps=16)) for name in models}, rounds=3,
+            {name: functools.partial(_go_on, model, ids[name]) for name, model in models.items()}, rounds=3,
             where=teacher.embed.weight.device,
         )  # fmt: skip
     seconds = {name: min(times) / 16 for name, times in took.items()}

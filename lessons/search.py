@@ -62,7 +62,7 @@ def run(knobs: Turn) -> None:
     )  # fmt: skip
     name_ids(tokenizer, np.arange(tokenizer.size))
     foretell = cut.clock(model, ids, seed=knobs.seed)
-    costs = {"ms": foretell, "MB": cut.megabytes(model)}
+    costs: dict[str, Any] = {"ms": foretell, "MB": cut.megabytes(model)}
     limits = {"ms": knobs.budget / 100 * foretell(SPACE.largest), "MB": knobs.memory}
     cut.fits(costs, limits, knobs.budget)
     note(limit=limits["ms"])

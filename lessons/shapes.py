@@ -73,7 +73,9 @@ def megabytes(model: Any) -> Callable[[Subnet], float]:
 def parts(subnet: Subnet | None) -> np.ndarray:
     """[layer, part]: 1 where the subnet keeps a head, 2 where it keeps a few neurons, 0 where it keeps nothing."""
     codes = np.zeros((SPACE.layers[-1], HEADS + PARTS), np.uint8)
-    for layer in range(subnet.layers if subnet else 0):
+    if subnet is None:
+        return codes
+    for layer in range(subnet.layers):
         codes[layer, : subnet.heads[layer]] = 1
         codes[layer, HEADS : HEADS + subnet.ffn_width[layer] // PART] = 2
     return codes
@@ -102,7 +104,7 @@ def clock(model: Any, ids: Any, *, seed: int) -> Predictor:
         tap(COUNTS, np.array([counts(s) for s in subnets]).reshape(2, EACH, 3), "group shape count")
         tap(EVEN, np.array([min(shortest), max(shortest)]), "end")
         tap(PRICE, np.array([found.base, found.layer, found.head, PART * found.neuron], np.float32), "term")
-        tap(RANK, rank(told[EACH:], shortest[EACH:]), "")
+        tap(RANK, rank(told[EACH:].tolist(), shortest[EACH:]), "")
         noise = float(median(m / s - 1 for m, s in zip(middle, shortest, strict=True)))
         tap(NOISE, noise, "")
         note(price=[found.base, found.layer, found.head, found.neuron], noise=noise)
@@ -199,7 +201,7 @@ def compete(search: Search, limits: Mapping[str, float], *, seed: int) -> Candid
                 if by == "evolution":
                     sizes.append(len(found.born))
                 if i == 0:
-                    best = found.best if by == "evolution" else best
+                    best = found.best if best is None or by == "evolution" else best
                     _show(found, all_of, best, by, limits, search.population)
                 tap(BEST, found.best.score, "", by=by, seed=i)
                 tap(LOOKS, len(all_of), "", by=by, seed=i)

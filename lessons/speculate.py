@@ -9,10 +9,11 @@ import param
 
 from engine.recording import Recording, note, site, step, tap
 from engine.speculate.bild import LOSSLESS
+from engine.speculate.rounds import Round, check_tree, little_rounds, rounds
 from engine.speculate.seeds import chat
 from engine.toyland import story
-from lessons.guess_trees import FINAL, check_tree, drawn, live_cell, show_round, show_tree, tree_view, your_cell
-from lessons.guessing import BILD, LOOKUP, SMALL, Pair, Plain, Round, drafter, little_rounds, pair, rounds
+from lessons.guess_trees import FINAL, drawn, live_cell, show_round, show_tree, tree_view, your_cell
+from lessons.guessing import BILD, LOOKUP, SMALL, Pair, Plain, drafter, pair
 from lessons.knobs import Knobs
 from lessons.lesson import Beat, Claim, Do, Finding, Lesson, Mark, Predict, Scene
 from lessons.models import choice, name_ids
@@ -58,7 +59,7 @@ OWN, ROOM = "own", 256  # tokens of a text at most
 
 class Turn(Knobs):
     model = choice()
-    guesser = param.Selector(
+    guesser: param.Selector = param.Selector(
         default=SMALL,
         objects={"A small model": SMALL, "Words looked up in the text": LOOKUP, "Big little decoder: lossy": BILD},
         label="Who guesses", doc="BiLD keeps the small model’s words where it is sure: not lossless.",
@@ -67,12 +68,14 @@ class Turn(Knobs):
     width = param.Integer(2, bounds=(1, 3), label="Width of the tree", doc="1: a chain. Looked up words are a chain.")
     adaptive = param.Boolean(False, label="Adaptive length", doc="A chain, as long as pays.")
     temperature = param.Number(0.0, bounds=(0.0, 1.5), step=0.1, label="Temperature", doc="Of p and q alike.")
-    ask = param.Selector(default="fox", objects={k: v[0] for k, v in ASKS.items()}, label="Asked", doc="Prompt.")
+    ask: param.Selector = param.Selector(
+        default="fox", objects={k: v[0] for k, v in ASKS.items()}, label="Asked", doc="Prompt."
+    )
     own = param.String("Once upon a time", label="Your own prompt", doc="Read when Asked is “Your own”.")
     tree = param.String(LECTURE, label="Your tree", doc="A path a line, its words with > between them.")
     before = param.String(BREAD, label="Text before the tree", doc="What the tree’s first words follow.")
     tokens = param.Integer(32, bounds=(16, 64), label="Words written", doc="New tokens.")
-    bits = param.Selector(
+    bits: param.Selector = param.Selector(
         default="float32", objects={"32 bits": "float32", "16 bits": "bfloat16"}, label="Numbers",
         doc="In 16 bits a check costs less, and a tie of two words may fall the other way.",
     )  # fmt: skip
@@ -101,7 +104,7 @@ def _tree(knobs: Turn, both: Pair) -> int:
     if len(ids) > ROOM:
         raise ValueError(f"Text before the tree has {len(ids)} tokens; at most {ROOM} fit.")
     draft = drawn(tree, both.tokenizer, follows=text, toy=both.toy)
-    checked = check_tree(both, ids, draft, temperature=knobs.temperature, seed=1)
+    checked = check_tree(both.target, ids, draft, temperature=knobs.temperature, seed=1)
     sure = 1.0 if knobs.temperature else 0.0  # a chosen word: p alone says how often it stays
     for name, value in ((ALONE, checked.passes), (TOGETHER, 1), (APART, checked.off)):
         tap(name, value, "")
@@ -131,11 +134,11 @@ def _write(knobs: Turn, both: Pair, ids: list[int], *, bild: bool, first: int) -
     """Rounds of guessing and checking, the plain loop in turns with them; the new words, and its seconds for each."""
     more: dict[str, Any] = {"steps": knobs.tokens, "temperature": knobs.temperature, "seed": 1}
     if bild:
-        turns = little_rounds(both, ids, steps=knobs.tokens, fallback=knobs.fallback, rollback=knobs.rollback,
-                              most=knobs.length)  # fmt: skip
+        turns = little_rounds(both.target, both.small, ids, steps=knobs.tokens, fallback=knobs.fallback,
+                              rollback=knobs.rollback, most=knobs.length)  # fmt: skip
     else:
         guesser = drafter(both, length=knobs.length, width=knobs.width, adaptive=knobs.adaptive)
-        turns = rounds(both, ids, guesser=guesser, **more)
+        turns = rounds(both.target, ids, guesser=guesser, **more)
     loop = Plain(both, ids, **more)
     told: list[Round] = []
     said: list[int] = []

@@ -53,7 +53,6 @@ QUESTIONS, LENGTH = 6, 160  # of SmolLM2: a number told, then filler, then asked
 GUESSED = 6  # tokens looked up at a time
 DRAWN = 48  # tokens by which the work of a guessing model is counted
 QUESTION = "<|im_start|>user\nWhy does bread rise when it is baked?<|im_end|>\n<|im_start|>assistant\n"
-STORY = {"seed": 4, "tokens": 140}
 TEMPERATURE = 0.7  # of the answers
 
 
@@ -160,7 +159,7 @@ def bench(knobs: Any, model: Any, tokenizer: Any) -> Bench:
 
 def prompt_ids(knobs: Any, tokenizer: Any) -> list[int]:
     """What both are asked to go on from."""
-    asked = story(**STORY) if knobs.model == TOY else QUESTION
+    asked = story(seed=4, tokens=140) if knobs.model == TOY else QUESTION
     text = knobs.own if knobs.prompt == "own" else asked
     return list(tokenizer.prompt(text)[:200])
 

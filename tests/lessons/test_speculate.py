@@ -9,10 +9,11 @@ from engine.caches.full import Full
 from engine.generate import generate
 from engine.recording import record
 from engine.speculate import ROOT, Dice, emitted
+from engine.speculate.rounds import check_tree, laws_at, little_rounds, rounds
 from engine.speculate.tree import LECTURE_PARENTS
 from engine.toyland import Tokenizer
-from lessons.guess_trees import check_tree, drawn
-from lessons.guessing import Pair, drafter, laws_at, little_rounds, rounds, widths_of
+from lessons.guess_trees import drawn
+from lessons.guessing import Pair, drafter, widths_of
 from lessons.models import TOY
 from lessons.speculate import ATTIC, CELLAR, LECTURE
 from tests.lessons.pages import INSIDE, address, open_done
@@ -62,7 +63,7 @@ def test_what_is_no_tree_is_refused_with_a_sentence(text, says):
 def test_a_tree_accepts_what_the_plain_loop_says_and_adds_a_word(pair):
     ids = pair.tokenizer.prompt(ATTIC)
     draft = drawn(CELLAR, pair.tokenizer, follows=ATTIC, toy=True)
-    checked = check_tree(pair, ids, draft, temperature=0.0, seed=0)
+    checked = check_tree(pair.target, ids, draft, temperature=0.0, seed=0)
     said = [*(draft.tokens[node] for node in checked.verdict.accepted), checked.verdict.token]
     assert said == list(generate(pair.target, ids, steps=len(said), cache=Full()))
     assert checked.passes == 3
@@ -73,7 +74,9 @@ def test_a_tree_accepts_what_the_plain_loop_says_and_adds_a_word(pair):
 def test_rounds_say_what_the_plain_loop_says(pair, kind):
     ids = pair.tokenizer.prompt(ATTIC)
     with record(keep={}):
-        turns = list(rounds(pair, ids, steps=16, guesser=drafter(pair, length=3, **kind), temperature=0.0, seed=0))
+        turns = list(
+            rounds(pair.target, ids, steps=16, guesser=drafter(pair, length=3, **kind), temperature=0.0, seed=0)
+        )
         plain = list(generate(pair.target, ids, steps=16, cache=Full()))
     assert [token for one in turns for token in one.new] == plain
     for one in turns[1:]:
@@ -84,7 +87,7 @@ def test_rounds_say_what_the_plain_loop_says(pair, kind):
 def test_a_little_model_that_is_always_believed_has_the_last_word(pair):
     ids = pair.tokenizer.prompt(ATTIC)
     with record(keep={}):
-        turns = list(little_rounds(pair, ids, steps=8, fallback=0.0, rollback=float("inf"), most=4))
+        turns = list(little_rounds(pair.target, pair.small, ids, steps=8, fallback=0.0, rollback=float("inf"), most=4))
         alone = list(generate(pair.small, ids, steps=4, cache=Full()))
     assert [turns[0].draft.tokens[n] for n in turns[0].verdict.accepted] == alone
 
@@ -92,7 +95,7 @@ def test_a_little_model_that_is_always_believed_has_the_last_word(pair):
 def test_laws_of_a_place_are_those_that_the_drafter_draws_from_and_together_they_give_p(pair):
     ids = pair.tokenizer.prompt(ATTIC)
     places = [5, len(ids) - 1]
-    p, q, guessed = laws_at(pair, ids, places, temperature=1.0)
+    p, q, guessed = laws_at(pair.target, pair.small, ids, places, temperature=1.0)
     assert guessed == [True, True]
     for n, place in enumerate(places):
         draft = drafter(pair, length=1).draft(ids[:place], room=1, temperature=1.0, dice=Dice(0))
