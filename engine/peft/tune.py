@@ -31,11 +31,11 @@ OLD = site("tune.old", "mean surprisal of texts of the old task: what rises is f
 
 METHODS = ("full", "bitfit", "adapter", "prompt", "lora", "qlora")
 RATES = {"full": 1e-3, "bitfit": 3e-2, "adapter": 3e-2, "prompt": 1e-1, "lora": 1e-2, "qlora": 1e-2}
-"""Learning rates for the toy: best of three on unseen texts of the style "pirate", after 60 steps (LoRA's after 80, with
-fused projections). LoRA beside all matrices; beside q and v alone 3e-2 is better (1.64 nats against 1.92)."""
+"""Learning rates for the toy: best of three on unseen texts of the style "pirate", after 60 steps (LoRA's after 80,
+with fused projections). LoRA beside all matrices; beside q and v alone 3e-2 is better (1.64 nats against 1.92)."""
 REAL_RATES = {"bitfit": 3e-3, "adapter": 3e-3, "prompt": 1e-1, "lora": 3e-3, "qlora": 3e-3}
-"""The same for SmolLM2 and a refrain after plain sentences, 16 steps of two rows, best of two or three; for adapters and
-for LoRA beside all matrices no other was tried (it is 4-bit LoRA's). BitFit at 1e-3 read unseen sentences a little
+"""The same for SmolLM2 and a refrain after plain sentences, 16 steps of two rows, best of two or three; for adapters
+and for LoRA beside all matrices no other was tried (it is 4-bit LoRA's). BitFit at 1e-3 read unseen sentences a little
 better, and forgot less, but did not speak like a pirate when asked."""
 
 
