@@ -18,12 +18,14 @@ from engine.mixers.hybrid import layer_stack
 from engine.mixers.state import state_bytes
 from engine.probing import asked_now
 from engine.recording import Recording, note, record, site, tap
+from lessons.lesson import Finding
 from lessons.recall import PAIRS, asked_for_pairs
 from lessons.views import Arithmetic
 
 SOFTMAX, MAMBA, RWKV, HYBRID = "softmax", "mamba", "rwkv", "hybrid"
 MEMORIES = (SOFTMAX, HYBRID, MAMBA, RWKV)
 GREW_UP = {SOFTMAX: "toy", MAMBA: "mamba", RWKV: "rwkv"}  # in the zoo
+READ_LISTS = {SOFTMAX: "softmax", HYBRID: "hybrid", MAMBA: "mamba16", RWKV: "rwkv"}  # small ones that read nothing else
 WITH_ATTENTION = {0: "mamba", 1: "hybrid", 4: "toy"}  # by how many of the four layers attend
 KINDS = ("Mamba", "RWKV", "softmax attention")
 CODES = {"Mamba": 0, "Rwkv": 1, "SoftmaxAttention": 2}
@@ -122,20 +124,32 @@ def show_rwkv(inside: Mapping[int, Mapping[str, np.ndarray]], t: int) -> None:
         tap(DECAY, nothing[0], "channel", layer=0)
 
 
-class Readers:
-    """Several models reading one text in lockstep, each with a cache of its own."""
+def listeners(state: int) -> dict[str, Any]:
+    """The small models that are asked for pairs, Mamba with `state` numbers a channel. They began alike, and read lists
+    and nothing else."""
+    kinds = {**READ_LISTS, MAMBA: f"mamba{state}"}
+    names = {name: f"recall-{kind}-{SEEDS[0]}" for name, kind in kinds.items()}
+    return {name: checkpoints.load(zoo_name)[0] for name, zoo_name in names.items()
+            if checkpoints.available(zoo_name)[0]}  # fmt: skip
 
-    def __init__(self, weighed: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
-        self.models, self.trained = weighed, trained
+
+class Readers:
+    """Several models reading one text in lockstep, each with a cache of its own: some are weighed, some are asked."""
+
+    def __init__(self, weighed: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+        self.models, self.asked = weighed, asked
         self.caches = {name: Full() for name in weighed}
+        self.heard = {name: Full() for name in asked}
         self.stacks = {name: layer_stack(model) for name, model in weighed.items()}
         for name in MEMORIES:
-            if name not in trained:
+            if name not in asked:
                 tap(BACK, np.full((1, 1), np.nan, np.float32), "told pair", of=name)
                 tap(KNOWN, float("nan"), "", of=name)
 
     def read(self, ids: Any) -> None:
         """Each reads the tokens ids [1, T]; tap what each then holds."""
+        for name, model in self.asked.items():
+            model.hidden(ids, cache=self.heard[name], show=1)
         for name, model in self.models.items():
             cache = self.caches[name]
             model.hidden(ids, cache=cache, show=1)
@@ -150,8 +164,8 @@ class Readers:
 
     def ask(self, questions: list[list[int]], values: list[int]) -> None:
         """Ask a copy of each for every pair so far: questions of one length, and the ids of the right values."""
-        for name, model in self.trained.items():
-            found = asked_now(model, self.caches[name], questions).cpu().numpy()
+        for name, model in self.asked.items():
+            found = asked_now(model, self.heard[name], questions).cpu().numpy()
             right = found[np.arange(len(values)), values]
             tap(BACK, right[None].astype(np.float32), "told pair", of=name)
             tap(KNOWN, float((found.argmax(-1) == values).sum()), "", of=name)
@@ -213,6 +227,38 @@ def kept_rule(recording: Recording) -> tuple[float, float, float]:
         spread = max(spread, float(np.where(sure & sure.all(0), np.abs(A / middle - 1), 0).max()))
         moved = max(moved, float((kept.max(0) - kept.min(0)).max()))
     return off, spread, moved
+
+
+def recurrence(recording: Recording) -> Finding:
+    """Claim: the state is what Mamba’s recurrence says, with an Ā that moves."""
+    off, spread, moved = kept_rule(recording)
+    holds = off < 1e-3 and spread < 1e-2 and moved > 0.1
+    filled = (
+        f"what is added is Δ·B·u to {off:.0e} of h; ln Ā / Δ is the same at every token to {spread:.0e}; "
+        f"Ā moves by up to {moved:.2f}"
+    )
+    why = "" if holds else "The recorded states do not follow the recurrence."
+    return Finding(f"Ā moves by {moved:.2f}", "agrees" if holds else "differs", why, filled)
+
+
+def constant(recording: Recording) -> Finding:
+    """Claim: what RWKV holds does not grow."""
+    rwkv, cache = (recording.stack(HELD, of=name) for name in (RWKV, SOFTMAX))
+    same = len(set(rwkv.tolist())) == 1
+    filled = f"after 1 and {len(rwkv)} tokens: RWKV {rwkv[0]:,.0f} and {rwkv[-1]:,.0f} B; "
+    filled += f"softmax’s cache {cache[0]:,.0f} and {cache[-1]:,.0f} B"
+    return Finding(f"{rwkv[-1]:,.0f} B", "agrees" if same else "differs", "" if same else "It grows.", filled)
+
+
+def smaller(recording: Recording) -> Finding:
+    """Claim: few attention layers, a small cache."""
+    mixed, full = (recording.stack(HELD, of=name)[-1] for name in (HYBRID, SOFTMAX))
+    grows = [float(np.diff(recording.stack(HELD, of=name))[-1]) for name in (HYBRID, SOFTMAX)]
+    share, n = grows[0] / grows[1], recording.meta["attention"]
+    filled = f"a token adds {grows[0]:,.0f} B to the hybrid, {grows[1]:,.0f} B to softmax; "
+    filled += f"after {recording.meta['tokens']} tokens {mixed:,.0f} and {full:,.0f} B"
+    why = f"{n} of 4 layers attend here, 1 of 8 in Jamba. States come on top."
+    return Finding(f"{share:.0%} of the growth", "agrees" if abs(share - n / 4) < 1e-6 else "differs", why, filled)
 
 
 def state_cell(recording: Recording, knobs: Any, at: Mapping[str, int]) -> Arithmetic:

@@ -70,14 +70,15 @@ def run(knobs: Turn) -> None:
     T, pieces = len(ids), tokenizer.pieces(ids)
     batch = checked_ids(ids, model.shape.vocab)[None].to(model.embed.weight.device)
     trained, weighed = memories.members(knobs.attention)
+    asked = memories.listeners(knobs.state)
     note(
-        tokens=T, total_steps=T + len(PAIRS), pairs=knobs.pairs, attention=knobs.attention, here=list(trained),
+        tokens=T, total_steps=T + len(PAIRS), pairs=knobs.pairs, attention=knobs.attention, here=list(asked),
         state=knobs.state, first_value=values[0], key=pieces[-2].strip(), answer=pieces[-1].strip(),
         ends=values[-1] + 1,
     )  # fmt: skip
     mamba = memories.inside_mamba(model, batch)
     rwkv = memories.inside_rwkv(trained[RWKV], batch) if RWKV in trained else {}
-    readers = memories.Readers(weighed, trained)
+    readers = memories.Readers(weighed, asked)
     for t in range(T):
         read_aloud(pieces[t : t + 1])
         memories.show_mamba(mamba, t)
@@ -129,6 +130,7 @@ def facts(recording: Recording) -> dict[str, Any]:
         "fewest_pairs": PAIRS[0],
         "series": _series(recording),
         "forgets": _forgets(recording),
+        "unlearnt": _unlearnt(recording),
         "missing": _missing(recording),
     }
 
@@ -165,12 +167,20 @@ def _series(recording: Recording) -> str:
 
 
 def _forgets(recording: Recording) -> float:
-    """The first number of pairs of which Mamba gives back less than half; beyond the last one where it never does."""
-    found = _found(recording, MAMBA)
-    if found is None:
+    """The first number of pairs of which the small Mamba with 4 numbers a channel gives back less than half; beyond the
+    last one where it never does."""
+    if "mamba4" not in recording.meta["series"]:
         return float("nan")
+    found = recording.stack(SERIES_FOUND, of="mamba4")
     below = [count for count, share in zip(PAIRS, found, strict=True) if share < 0.5]
     return float(below[0] if below else PAIRS[-1] + 8)
+
+
+def _unlearnt(recording: Recording) -> str:
+    """Which of Toyland's models fail even where few pairs are told."""
+    found = {name: _found(recording, name) for name in MEMORIES}
+    failed = [LABELS[name] for name, v in found.items() if v is not None and v[0] < 0.5]
+    return f"There, {' and '.join(failed)} never learnt to look up. " if failed else ""
 
 
 def _missing(recording: Recording) -> str:
@@ -183,25 +193,6 @@ def marks(recording: Recording) -> list[Mark]:
     return [Mark(m["ends"], "the list ends"), Mark(m["tokens"], "the recall curves begin")]
 
 
-def _recurrence(recording: Recording) -> Finding:
-    off, spread, moved = memories.kept_rule(recording)
-    holds = off < 1e-3 and spread < 1e-2 and moved > 0.1
-    filled = (
-        f"what is added is Δ·B·u to {off:.0e} of h; ln Ā / Δ is the same at every token to {spread:.0e}; "
-        f"Ā moves by up to {moved:.2f}"
-    )
-    why = "" if holds else "The recorded states do not follow the recurrence."
-    return Finding(f"Ā moves by {moved:.2f}", "agrees" if holds else "differs", why, filled)
-
-
-def _constant(recording: Recording) -> Finding:
-    rwkv, cache = (recording.stack(HELD, of=name) for name in (RWKV, SOFTMAX))
-    same = len(set(rwkv.tolist())) == 1
-    filled = f"after 1 and {len(rwkv)} tokens: RWKV {rwkv[0]:,.0f} and {rwkv[-1]:,.0f} B; "
-    filled += f"softmax’s cache {cache[0]:,.0f} and {cache[-1]:,.0f} B"
-    return Finding(f"{rwkv[-1]:,.0f} B", "agrees" if same else "differs", "" if same else "It grows.", filled)
-
-
 def _behind(recording: Recording) -> Finding:
     found = {name: _found(recording, name) for name in (SOFTMAX, MAMBA, RWKV)}
     states = [name for name in (MAMBA, RWKV) if found[name] is not None]
@@ -211,11 +202,28 @@ def _behind(recording: Recording) -> Finding:
     filled = f"{PAIRS[-1]} pairs: " + ", ".join(f"{LABELS[name]} {share:.0%}" for name, share in last.items())
     measured = ", ".join(f"{last[n]:.0%}" for n in states)
     if all(found[name][0] < 0.5 for name in states):  # type: ignore[index]
-        why = f"With {PAIRS[0]} pairs they fail, too: here they never learnt to look up. " + HELPED
-        return Finding(measured, "untestable", why, filled)
+        return _small_behind(recording, measured, filled)
     behind = all(last[name] < last[SOFTMAX] - 0.1 for name in states)
     why = HELPED if behind else "At this many pairs no state lies behind."
     return Finding(measured, "agrees" if behind else "differs", why, filled)
+
+
+def _small_behind(recording: Recording, measured: str, filled: str) -> Finding:
+    """The same of the small models that read lists alone, where the large ones never learnt to look up."""
+    why = f"With {PAIRS[0]} pairs they fail, too: here they never learnt to look up. " + HELPED
+    there = recording.meta["series"]
+    small = {kind: recording.stack(SERIES_FOUND, of=kind) for kind in SMALL if kind in there}
+    learnt = [kind for kind in ("mamba16", "mamba4", "rwkv", "linear") if kind in small and small[kind][0] >= 0.5]
+    if "softmax" not in small or not learnt:
+        return Finding(measured, "untestable", why, filled)
+    behind = [kind for kind in learnt if small[kind][-1] < small["softmax"][-1] - 0.1]
+    told = ", ".join(f"{SMALL[kind][0]} {small[kind][-1]:.0%}" for kind in ("softmax", *learnt))
+    why = f"Of Toyland’s models the states never learnt to look up ({measured}); small ones, which began alike, did. "
+    why += "All fall behind." if behind == learnt else "The larger state still has room at so many pairs."
+    return Finding(
+        ", ".join(f"{small[kind][-1]:.0%}" for kind in learnt), "agrees" if behind == learnt else "differs", why,
+        f"small models, {PAIRS[-1]} pairs: {told}",
+    )  # fmt: skip
 
 
 def _recovers(recording: Recording) -> Finding:
@@ -232,29 +240,19 @@ def _recovers(recording: Recording) -> Finding:
     return Finding(f"{back:.0%} of the gap", verdict, why, filled)
 
 
-def _smaller(recording: Recording) -> Finding:
-    mixed, full = (recording.stack(HELD, of=name)[-1] for name in (HYBRID, SOFTMAX))
-    grows = [float(np.diff(recording.stack(HELD, of=name))[-1]) for name in (HYBRID, SOFTMAX)]
-    share, n = grows[0] / grows[1], recording.meta["attention"]
-    filled = f"a token adds {grows[0]:,.0f} B to the hybrid, {grows[1]:,.0f} B to softmax; "
-    filled += f"after {recording.meta['tokens']} tokens {mixed:,.0f} and {full:,.0f} B"
-    why = f"{n} of 4 layers attend here, 1 of 8 in Jamba. States come on top."
-    return Finding(f"{share:.0%} of the growth", "agrees" if abs(share - n / 4) < 1e-6 else "differs", why, filled)
-
-
 # fmt: off
 GU = "Gu and Dao 2023, 2312.00752"
 CLAIMS = (
     Claim("h = Āh + B̄x, Ā and B̄ depend on the input", f"architectures; {GU}", "h = exp(ΔA)·h + Δ·B·x", "selective",
-          _recurrence),
+          memories.recurrence),
     Claim("RWKV needs O(1) memory a token", "architectures; Peng 2023, 2305.13048", "bytes after 1 and n tokens",
-          "constant", _constant),
+          "constant", memories.constant),
     Claim("Fixed states are less capable at precise retrieval from afar", "architectures",
           "pairs recalled, state against softmax", "less", _behind),
     Claim("Hybrids recover it", "architectures; episodes; Waleffe 2024, 2406.07887",
           "(hybrid − Mamba) / (softmax − Mamba)", "above the Transformer", _recovers),
     Claim("A few attention layers keep the cache small", "lecture; Lieber 2024, 2403.19887",
-          "layers that attend / layers", "1 of 8", _smaller),
+          "layers that attend / layers", "1 of 8", memories.smaller),
 )
 
 BEATS = (
@@ -282,23 +280,23 @@ BEATS = (
         focus="stripes",
     ),
     Beat(
-        "Now test them. After each pair, a copy of every memory is asked for all pairs so far: ==a row|back_softmax== "
-        "of answers, strong where right. Look down a column: one pair, getting older.", scene="forget", step="half",
+        "Now test small models that read nothing but lists. After each pair, a copy of every memory is asked for all "
+        "pairs so far: ==a row|back_softmax== of answers, strong where right. Look down a column: one pair, getting "
+        "older.", scene="forget", step="half",
         play=True, focus="back_mamba",
         predict=Predict(
-            "From how many pairs on does Mamba find less than half?", (3, 8, 16, 40), "forgets", format=".0f",
-            unit="pairs",
+            "From how many pairs on does Mamba with 4 numbers a channel find less than half?", (4, 8, 16, 32),
+            "forgets", format=".0f", unit="pairs",
         ),
     ),
     Beat(
-        "After all {pairs}, they give back: {known}. ==Over many lists|recall==, {asked} questions a point: with "
-        "{fewest_pairs} pairs {recalled_few}; with {most_pairs} {recalled}. {missing}", scene="recall", step="last",
-        play=True, focus="recall",
+        "After all {pairs}, they give back: {known}. Models raised on all of Toyland, ==over many lists|recall==, "
+        "{asked} questions a point: with {fewest_pairs} pairs {recalled_few}; with {most_pairs} {recalled}. {missing}",
+        scene="recall", step="last", play=True, focus="recall",
     ),
     Beat(
-        "Those models learnt all of Toyland. ==Small ones|series== that read nothing but lists, at {most_pairs} pairs: "
-        "{series}. A larger state has more room; a list has room for everything.", scene="recall", step="last",
-        focus="series",
+        "{unlearnt}==The small ones|series==, three seeds of each, began alike and read lists alone. At {most_pairs} "
+        "pairs: {series}. A larger state has more room.", scene="recall", step="last", focus="series",
     ),
     Beat(
         "A [[hybrid]] puts a few layers of attention among many of Mamba. ==In its stack|stack== {attention} of 4 "

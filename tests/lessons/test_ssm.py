@@ -7,6 +7,7 @@ import lessons.memories as memories
 import lessons.ssm as lesson
 from app.runs import execute
 from engine import checkpoints
+from engine.recording import record
 from lessons.knobs import check
 from lessons.recall import FOUND, PAIRS, TOLD
 from tests.lessons.pages import INSIDE, address, open_done
@@ -52,10 +53,17 @@ def test_every_pair_told_so_far_is_asked_for(run):
     back = run.stack(memories.BACK, of="softmax")
     assert back.shape == (5, 5)
     assert (back[np.triu_indices(5, 1)] == 0).all()
-    assert back[4].min() > 0.5  # the toy knows them all
+    assert back[4].min() > 0.5  # attention knows them all
     assert run.stack(memories.KNOWN, of="softmax").tolist() == [1, 2, 3, 4, 5]
-    assert "hybrid" not in run.meta["here"]  # with two attention layers it was not trained
-    assert np.isnan(run.stack(memories.BACK, of="hybrid")).all()
+
+
+def test_who_is_not_there_is_not_asked_and_an_empty_row_says_so():
+    with record() as recorder:
+        memories.Readers({}, {})
+    run = recorder.freeze()
+    for name in memories.MEMORIES:
+        assert np.isnan(run.stack(memories.BACK, of=name)).all()
+        assert np.isnan(run.stack(memories.KNOWN, of=name)).all()
 
 
 @needs_mamba
