@@ -44,7 +44,8 @@ def mimetic(
     common = torch.randn(shape.width, generator=generator)
     common /= common.norm()
     looks = torch.zeros(shape.head_width)
-    looks[: len(SHARES)] = torch.tensor(SHARES).sqrt()
+    shares = torch.tensor(SHARES[: shape.head_width // 2])  # a narrow head has fewer frequencies
+    looks[: len(shares)] = (shares / shares.sum()).sqrt()
     # A normed embedding has length √W, and half of its square lies along `common`.
     looks *= (sharpness * shape.head_width**0.5 / (shape.width / 2)) ** 0.5
     for layer, block in enumerate(model.blocks):

@@ -24,7 +24,7 @@ COLOURS = {"hard": "alarm", "soft": "recent", "layers": "heavy", "synthetic": "k
 class Turn(Knobs):
     model = choice(default=TOY)
     task: param.Selector = param.Selector(
-        default="secret", objects={"Secret codes": "secret", "Stories": "home", "Lists": "few", "Songs": "song"},
+        default="secret", objects={"Secret codes": "secret", "Stories": "home", "Lists": "few"},
         label="Task", doc="Which of Toyland’s texts students learn from, and are judged by.",
     )  # fmt: skip
     texts: param.Selector = param.Selector(

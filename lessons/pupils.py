@@ -93,14 +93,14 @@ class Watch:
         self._open()
 
     def _places(self) -> list[int]:
-        """Three words of the text: one of about ten that could come, one of two or three, and one that must come."""
+        """Three words of the text, none the first: about ten could come, two or three could, one must."""
         choices = np.exp([float(-(p * p.log()).sum()) for p in self.taught.softmax(-1)])  # as many as even odds
-        many, few = (int(np.abs(np.log(choices / wanted)).argmin()) for wanted in (10.0, 2.5))
+        many, few = (1 + int(np.abs(np.log(choices[1:] / wanted)).argmin()) for wanted in (10.0, 2.5))
         answers = np.flatnonzero(self.school.unseen.answers[self.row].numpy())
-        return [many, few, int(answers[0]) - 1 if len(answers) else int(choices.argmin())]
+        return [many, few, int(answers[0]) - 1 if len(answers) else 1 + int(choices[1:].argmin())]
 
     def _open(self) -> None:
-        pieces = self.tokenizer.pieces(self.names[self.ids].tolist())
+        pieces = self.tokenizer.pieces(self.names[self.ids.numpy()].tolist())
         read_aloud(pieces[1:])
         name_ids(self.tokenizer, self.names)
         came = self.ids[1:].numpy()
@@ -112,10 +112,10 @@ class Watch:
             words = self.words(at)
             tap(TRUTH, self.odds[at, words].astype(np.float32), "word", place=place)
             tap(LABEL, (words == came[at]).astype(np.float32), "word", place=place)
-            tap(CONTEXT, self.names[self.ids[1 - self.real : at + 1]].astype(np.int32), "token", place=place)
-        tap(PROMPT, self.names[self.ids[1 - self.real : self.asked]].astype(np.int32), "token")
-        tap(CONTEXT, self.names[self.ids[1 - self.real :]].astype(np.int32), "token", place="end")
-        told = [self.tokenizer.decode(self.names[self.ids[1 : at + 1]].tolist()) for at in self.places]
+            tap(CONTEXT, self.names[self.ids[1 - self.real : at + 1].numpy()].astype(np.int32), "token", place=place)
+        tap(PROMPT, self.names[self.ids[1 - self.real : self.asked].numpy()].astype(np.int32), "token")
+        tap(CONTEXT, self.names[self.ids[1 - self.real :].numpy()].astype(np.int32), "token", place="end")
+        told = [self.tokenizer.decode(self.names[self.ids[1 : at + 1].numpy()].tolist()) for at in self.places]
         after = [i for i in self.words(self.places[2]).tolist() if i != int(came[self.places[2]])][:3]
         runners = "”, “".join(piece.strip() for piece in self.tokenizer.pieces(self.names[after].tolist()))
         exact = [int((self.odds[at] > 0).sum()) for at in self.places]

@@ -336,7 +336,8 @@ def _figures(tensor: str, unit: str) -> tuple[Number, ...]:
 
 BACKS = tuple(
     Heatmaps(
-        name=f"back_{name}", title=TITLES[name], note="raised on lists", span=3, tensor=of(BACK, of=name), rows="told", columns="pair",
+        name=f"back_{name}", title=TITLES[name], note="raised on lists", span=3, tensor=of(BACK, of=name), rows="told",
+        columns="pair",
         colours="attention", power=0.7,
     )
     for name in MEMORIES

@@ -19,8 +19,8 @@ settings.load_profile("leanscope")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what uses the browser or the real model, so that the quick check leaves it out.
 
-    One worker drives the browser, one page at a time: two at once on two cores would only wait for each other. A
-    lesson's tests stay in one worker, too, for they share recordings.
+    The lessons' pages are one group and all others another, a page at a time in each: as one group, they took twice as
+    long as everything else. A lesson's tests stay in one worker, too, for they share recordings.
     """
     for item in items:
         used = getattr(item, "fixturenames", ())
@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "chromium" in used:
             item.add_marker("browser")
         if item.get_closest_marker("browser"):
-            item.add_marker(pytest.mark.xdist_group("browser"))
+            pages = "lessons" if item.path.parent.name == "lessons" else "app"
+            item.add_marker(pytest.mark.xdist_group(f"browser-{pages}"))
         elif item.path.parent.name == "lessons" and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 

@@ -27,6 +27,7 @@ QUICK = {
     "search": {"population": 6, "generations": 2},
     "speculate": {"tokens": 16},
 }
+TRAINS = ("heads", "qat", "prune", "experts", "lora", "distil")  # steps of training: more of them only take longer
 REFUSED = {"search": {"budget", "memory"}}  # knobs whose low end no run can meet: their lesson says so, and its tests
 
 

@@ -22,7 +22,7 @@ from lessons.knobs import check
 from lessons.lesson import PARTS
 from lessons.models import REAL, TOY
 from tests.app.still import check as plays_as_files
-from tests.lessons.pages import QUICK, REFUSED
+from tests.lessons.pages import QUICK, REFUSED, TRAINS
 
 SLUGS = list(all_lessons())
 VERDICTS = {"agrees", "differs", "untestable"}
@@ -49,7 +49,7 @@ def cases():
             f"{slug}-defaults": {},
             f"{slug}-toy": toy,
             f"{slug}-low": toy | ends(lesson, low=True),
-            f"{slug}-high": toy | ends(lesson, low=False),
+            f"{slug}-high": toy | ends(lesson, low=False) | ({"steps": QUICK[slug]["steps"]} if slug in TRAINS else {}),
         }
         quick = toy | QUICK.get(slug, {})
         for name, p in lesson.knobs.param.objects("existing").items():
