@@ -229,9 +229,11 @@ def _quality(recording: Recording) -> Finding:
     f = facts(recording)
     filled = f"perplexity {f['ppl_before']:.2f} → {f['ppl_after']:.2f}; recall {f['recall_before']:.0%} → "
     filled += f"{f['recall_after']:.0%}"
-    good = f["rise"] <= TENTH
-    why = "" if good else "This stack has gone too far: see which step ate the budget."
-    return Finding(f"{f['rise']:+.1%}", "agrees" if good else "differs", why, filled)
+    fits, finds = f["rise"] <= TENTH, f["recall_before"] - f["recall_after"] <= TENTH
+    why = "" if fits and finds else "This stack has gone too far: see which step ate the budget."
+    if fits and not finds:
+        why = "Perplexity hardly rises, but what a cache drops can’t be asked for: recall tells what perplexity hides."
+    return Finding(f"{f['rise']:+.1%}", "agrees" if fits and finds else "differs", why, filled)
 
 
 CLAIMS = (
