@@ -12,7 +12,7 @@ export function createBeats(lesson, { player, knobs, values, light, showScene, t
   const body = make("div", { class: "beat-body", "aria-live": "polite" });
   const back = make("button", { type: "button", class: "back", on: { click: () => open(index - 1) } }, "← Back");
   const nextText = make("span", {}, "Next");
-  const next = make("button", { type: "button", class: "next", on: { click: () => open(index + 1) } }, nextText, make("kbd", {}, "Space"));
+  const next = make("button", { type: "button", class: "next", on: { click: () => (isLast() ? leave() : open(index + 1)) } }, nextText, make("kbd", {}, "Space"));
   const keys = make("p", { class: "key-hints" }, ...hint("k", "play"), ...hint(", .", "step"), ...hint("t", "table"));
   const element = make(
     "section",
@@ -23,6 +23,10 @@ export function createBeats(lesson, { player, knobs, values, light, showScene, t
     keys,
   );
   let index = -1;
+  const isLast = () => index === beats.length - 1;
+  /** The lesson after this one, unless this page is the last, or stands alone. */
+  const following = (lesson.lessons || []).find((other) => other.order > lesson.order && other.href);
+  const leave = () => following && location.assign(following.href);
   let facts = {}; // measured in the run
   let given = {}; // known before anything is measured: whose run it is
   const known = () => ({ ...values, ...given, ...facts });
@@ -72,8 +76,9 @@ export function createBeats(lesson, { player, knobs, values, light, showScene, t
       else dash.removeAttribute("aria-current");
     });
     back.disabled = index === 0;
-    next.disabled = index === beats.length - 1;
-    say(nextText, index === beats.length - 1 ? "The end" : "Next");
+    next.disabled = isLast() && !following;
+    say(nextText, isLast() ? (following ? `Next lesson: ${following.title}` : "The end") : "Next");
+    next.classList.toggle("onward", isLast());
     tip.hide();
     light(beat.focus || "");
     if (!quietly) stageFor(beat, from);
@@ -101,7 +106,8 @@ export function createBeats(lesson, { player, knobs, values, light, showScene, t
   return {
     element,
     open,
-    next: () => open(index + 1),
+    /** Past the last beat, Space reaches for the button: a second press leaves for the next lesson. */
+    next: () => (isLast() ? next.focus() : open(index + 1)),
     back: () => open(index - 1),
     get index() {
       return index;

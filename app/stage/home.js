@@ -47,7 +47,7 @@ export function homePage({ root, model, places, theme }) {
   root.classList.add("home");
   root.append(
     createHeader({ lesson: null, home: places.home, models: null, theme, present: null, share: () => location.href }),
-    make("main", {}, hero, make("p", { class: "count" }, `${ready.length} of ${lessons.length} lessons are open.`), roomDoor(places.rooms), make("div", { class: "parts" }, course.map(section))),
+    make("main", {}, hero, make("p", { class: "count" }, ready.length === lessons.length ? `${lessons.length} lessons, one after the other or as you like.` : `${ready.length} of ${lessons.length} lessons are in this copy.`), roomDoor(places.rooms), make("div", { class: "parts" }, course.map(section))),
   );
   previews.forEach((preview) => preview.start());
   Object.defineProperty(window, "leanscope", {

@@ -178,6 +178,20 @@ def test_the_index_shows_the_course_and_leads_to_a_lesson(server: Server, chromi
     assert href == f"{server.url}/lesson/sinks"
 
 
+def test_past_the_last_beat_space_leads_to_the_next_lesson(server: Server, chromium_page: Watched) -> None:
+    last = len(all_lessons()["linear"].beats) - 1
+    open_done(chromium_page, address(server, "linear", beat=last))
+    title = all_lessons()["ssm"].title
+    chromium_page.until(f"{INSIDE}.querySelector('button.next').textContent.includes({title!r})")
+    chromium_page.page.keyboard.press("Space")  # takes the button in hand
+    chromium_page.until(f"{INSIDE}.activeElement?.matches('button.next')")
+    chromium_page.page.keyboard.press("Space")
+    chromium_page.until("location.pathname.endsWith('/lesson/ssm')")
+    chromium_page.open(address(server, "build", beat=len(all_lessons()["build"].beats) - 1))
+    chromium_page.until("window.leanscope?.ready")
+    chromium_page.until(f"{INSIDE}.querySelector('button.next').textContent.startsWith('The end')")
+
+
 def test_a_knob_of_a_toy_lesson_runs_again(server: Server, chromium_page: Watched) -> None:
     open_done(chromium_page, address(server, "decode"))
     slider = f"[...{INSIDE}.querySelectorAll('input[type=range]')].find((i) => i.max === '96')"
